@@ -1,0 +1,524 @@
+// Range kernels of the density-ratio family, compiled once per instruction set. They hold the loops; the formulas are
+// in csrc/math, and what to run in which order is in density_ratio.cpp.
+#include "density_ratio.h"
+#include "simd.h"
+
+namespace refine_ext::REFINE_EXT_ISA {
+namespace {
+
+template <class T>
+struct Pointers {
+  const T* h;
+  const T* weights;
+  T* out;
+};
+
+// S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many at once.
+template <class S, class T>
+REFINE_EXT_INLINE Vec<S> load_as(const T* p) {
+  if constexpr (sizeof(S) == sizeof(typename ComputeOf<T>::type)) {
+    return load(p);
+  } else {
+    constexpr int kWidth = Vec<double>::kWidth;
+    float lanes[2 * kWidth];
+    if constexpr (sizeof(T) == 4) {
+      std::memcpy(lanes, p, kWidth * sizeof(float));
+    } else {
+      T padded[2 * kWidth] = {};
+      std::memcpy(padded, p, kWidth * sizeof(T));
+      load(padded).store(lanes);
+    }
+    Vec<double> wide;
+    for (int lane = 0; lane < kWidth; ++lane) wide.v[lane] = lanes[lane];
+    return wide;
+  }
+}
+
+template <class S, class T>
+REFINE_EXT_INLINE void store_as(T* p, Vec<S> x) {
+  if constexpr (sizeof(S) == sizeof(typename ComputeOf<T>::type)) {
+    store(p, x);
+  } else {
+    constexpr int kWidth = Vec<double>::kWidth;
+    float lanes[2 * kWidth] = {};
+    for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = static_cast<float>(x.v[lane]);
+    if constexpr (sizeof(T) == 4) {
+      std::memcpy(p, lanes, kWidth * sizeof(float));
+    } else {
+      T padded[2 * kWidth];
+      store(padded, Vec<float>::load(lanes));
+      std::memcpy(p, padded, kWidth * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+T encode(float value) {
+  T padded[Vec<float>::kWidth];
+  store(padded, Vec<float>::splat(value));
+  return padded[0];
+}
+template <>
+float encode<float>(float value) {
+  return value;
+}
+template <>
+double encode<double>(float value) {
+  return value;
+}
+
+template <class S>
+REFINE_EXT_INLINE VecMask<S> first_lanes(int64_t count) {
+  VecMask<S> mask;
+  for (int lane = 0; lane < Vec<S>::kWidth; ++lane) mask.bits[lane] = lane < count ? -1 : 0;
+  return mask;
+}
+
+// Calls step(offset, masked = false) on whole vectors, kUnroll at a time, then step(offset, masked = true) on the rest.
+// `step` gets the accumulator index as a compile-time-unrolled int.
+template <int kWidth, int kUnroll, class Step, class Tail>
+REFINE_EXT_INLINE void for_vectors(int64_t begin, int64_t end, Step&& step, Tail&& tail) {
+  int64_t i = begin;
+  for (; i + kUnroll * kWidth <= end; i += kUnroll * kWidth) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll; ++u) step(i + u * kWidth, u);
+  }
+  for (; i + kWidth <= end; i += kWidth) step(i, 0);
+  if (i < end) tail(i, end - i);
+}
+
+// ---- first pass
+
+template <class T, bool kWeighted, bool kExponential>
+ScanSums scan_range(const RangeArguments& arguments) {
+  using S = typename ComputeOf<T>::type;
+  using V = Vec<S>;
+  using A = Arithmetic<V>;
+  constexpr int kWidth = V::kWidth, kUnroll = 4;
+  const T* h = static_cast<const T*>(arguments.h);
+  const T* weights = static_cast<const T*>(arguments.weights);
+  const S infinity = std::numeric_limits<S>::infinity();
+  const V lowest = V::splat(-infinity), zero = V::splat(0);
+
+  ScanSums sums{-HUGE_VAL, 0.0, 0.0, 0.0, 0.0, false};
+  double reference = -HUGE_VAL;
+  V invalid = zero;
+  for (int64_t block = arguments.begin; block < arguments.end; block += kBlock) {
+    const int64_t end = block + kBlock < arguments.end ? block + kBlock : arguments.end;
+    V best[kUnroll], mass[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) best[u] = lowest, mass[u] = zero;
+    const auto extremes = [&](V x, V w, int u) {
+      // NaN and +inf both survive x - x; -inf is a sample of ratio zero and allowed.
+      invalid = A::select(x == lowest, invalid, invalid + (x - x));
+      if constexpr (kWeighted) {
+        invalid = A::select(w < zero, V::splat(std::numeric_limits<S>::quiet_NaN()), invalid + (w - w));
+        x = A::select(w > zero, x, lowest);
+        mass[u] = mass[u] + w;
+      }
+      best[u] = running_max(best[u], x);
+    };
+    for_vectors<kWidth, kUnroll>(
+        block, end, [&](int64_t i, int u) { extremes(load(h + i), kWeighted ? load(weights + i) : zero, u); },
+        [&](int64_t i, int64_t count) {
+          T lanes[kWidth];
+          T weight_lanes[kWidth];
+          for (int lane = 0; lane < kWidth; ++lane) {
+            lanes[lane] = lane < count ? h[i + lane] : encode<T>(-HUGE_VALF);
+            if constexpr (kWeighted) weight_lanes[lane] = lane < count ? weights[i + lane] : encode<T>(0.0f);
+          }
+          extremes(load(lanes), kWeighted ? load(weight_lanes) : zero, 0);
+        });
+    const double block_maximum =
+        horizontal_max(running_max(running_max(best[0], best[1]), running_max(best[2], best[3])));
+    if (arguments.block_maxima) arguments.block_maxima[(block - arguments.begin) / kBlock] = block_maximum;
+    if constexpr (kWeighted) {
+      sums.weight += horizontal_sum((mass[0] + mass[1]) + (mass[2] + mass[3]));
+    } else {
+      sums.weight += static_cast<double>(end - block);
+    }
+    if (block_maximum > sums.maximum) sums.maximum = block_maximum;
+    if constexpr (kExponential) {
+      if (sums.maximum == -HUGE_VAL || sums.maximum == HUGE_VAL) continue;
+      if (sums.maximum > reference) {
+        const double shrink = ::exp(reference - sums.maximum);
+        sums.exp_sum *= shrink;
+        sums.exp_square *= shrink * shrink;
+        sums.exp_largest *= shrink;
+        reference = sums.maximum;
+      }
+      const V origin = V::splat(static_cast<S>(reference));
+      V total[kUnroll], square[kUnroll], largest = zero;
+      for (int u = 0; u < kUnroll; ++u) total[u] = square[u] = zero;
+      const auto accumulate = [&](V x, V w, int u) {
+        V e = A::exp(x - origin);
+        if constexpr (kWeighted) {
+          e = A::select(w > zero, e * w, zero);
+          largest = running_max(largest, e);
+        }
+        total[u] = total[u] + e;
+        square[u] = square[u] + e * e;
+      };
+      for_vectors<kWidth, kUnroll>(
+          block, end, [&](int64_t i, int u) { accumulate(load(h + i), kWeighted ? load(weights + i) : zero, u); },
+          [&](int64_t i, int64_t count) {
+            T lanes[kWidth];
+            T weight_lanes[kWidth];
+            for (int lane = 0; lane < kWidth; ++lane) {
+              lanes[lane] = lane < count ? h[i + lane] : encode<T>(-HUGE_VALF);
+              if constexpr (kWeighted) weight_lanes[lane] = lane < count ? weights[i + lane] : encode<T>(0.0f);
+            }
+            accumulate(load(lanes), kWeighted ? load(weight_lanes) : zero, 0);
+          });
+      sums.exp_sum += horizontal_sum((total[0] + total[1]) + (total[2] + total[3]));
+      sums.exp_square += horizontal_sum((square[0] + square[1]) + (square[2] + square[3]));
+      if constexpr (kWeighted) {
+        const double best_weighted = horizontal_max(largest);
+        if (best_weighted > sums.exp_largest) sums.exp_largest = best_weighted;
+      }
+    }
+  }
+  if (!kWeighted && kExponential && reference > -HUGE_VAL) sums.exp_largest = 1.0;
+  sums.invalid = any(invalid != invalid);
+  return sums;
+}
+
+// ---- later passes
+
+template <Form kForm, class T, bool kWeighted, Output kOutput, bool kConjugate>
+RatioSums ratio_range(const RangeArguments& arguments, const Family& family, const Anchor& anchor) {
+  using S = std::conditional_t<kForm == Form::power, double, typename ComputeOf<T>::type>;
+  using V = Vec<S>;
+  using A = Arithmetic<V>;
+  constexpr int kWidth = V::kWidth, kUnroll = 2;
+  constexpr bool kMayStream = sizeof(T) >= 4 && sizeof(S) == sizeof(T);
+  const T* h = static_cast<const T*>(arguments.h);
+  const T* weights = static_cast<const T*>(arguments.weights);
+  T* out = static_cast<T*>(arguments.out);
+  const RatioEvaluator<kForm, V> evaluate(family, anchor);
+  const V high = A::splat(anchor.high), low = A::splat(anchor.low), zero = A::splat(0.0);
+  const V scale = A::splat(arguments.scale);
+
+  RatioSums sums{0.0, 0.0, 0.0, 0.0, 0.0, false};
+  V largest = zero, poison = zero;
+  for (int64_t block = arguments.begin; block < arguments.end; block += kBlock) {
+    const int64_t end = block + kBlock < arguments.end ? block + kBlock : arguments.end;
+    V total[kUnroll], moment[kUnroll], square[kUnroll], dual[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) total[u] = moment[u] = square[u] = dual[u] = zero;
+
+    const auto process = [&](V x, V w, int u) {
+      const RatioPoint<V> point = evaluate((high - x) + low);
+      V r = point.ratio, m = point.moment, f = point.conjugate;
+      if constexpr (kWeighted) {
+        // A sample of weight zero takes no part, even where its ratio overflows.
+        r = A::select(w > zero, w * r, zero);
+        m = A::select(w > zero, w * m, zero);
+        if constexpr (kConjugate) f = A::select(w > zero, w * f, zero);
+      }
+      total[u] = total[u] + r;
+      moment[u] = moment[u] + m;
+      if constexpr (kOutput != Output::none) {
+        square[u] = square[u] + r * r;
+        largest = running_max(largest, r);
+      }
+      if constexpr (kOutput != Output::none || kConjugate) poison = poison + (r - r);
+      if constexpr (kConjugate) dual[u] = dual[u] + f;
+      return kOutput == Output::log_ratio ? point.log_ratio : point.ratio * scale;
+    };
+    for_vectors<kWidth, kUnroll>(
+        block, end,
+        [&](int64_t i, int u) {
+          const V value = process(load_as<S>(h + i), kWeighted ? load_as<S>(weights + i) : zero, u);
+          if constexpr (kOutput != Output::none) {
+            if constexpr (kMayStream) {
+              if (arguments.stream) {
+                value.stream(reinterpret_cast<S*>(out) + i);
+                return;
+              }
+            }
+            store_as<S>(out + i, value);
+          }
+        },
+        [&](int64_t i, int64_t count) {
+          T lanes[2 * kWidth], weight_lanes[2 * kWidth];
+          for (int lane = 0; lane < 2 * kWidth; ++lane) {
+            // Padding repeats the last sample, so that it is finite wherever the data are.
+            lanes[lane] = h[i + (lane < count ? lane : count - 1)];
+            if constexpr (kWeighted) weight_lanes[lane] = weights[i + (lane < count ? lane : count - 1)];
+          }
+          const VecMask<S> inside = first_lanes<S>(count);
+          const V before[4] = {total[0], moment[0], square[0], dual[0]};
+          const V value = process(load_as<S>(lanes), kWeighted ? load_as<S>(weight_lanes) : zero, 0);
+          total[0] = A::select(inside, total[0], before[0]);
+          moment[0] = A::select(inside, moment[0], before[1]);
+          square[0] = A::select(inside, square[0], before[2]);
+          dual[0] = A::select(inside, dual[0], before[3]);
+          if constexpr (kOutput != Output::none) {
+            store_as<S>(lanes, value);
+            for (int64_t lane = 0; lane < count; ++lane) out[i + lane] = lanes[lane];
+          }
+        });
+    sums.ratio += horizontal_sum(total[0] + total[1]);
+    sums.moment += horizontal_sum(moment[0] + moment[1]);
+    sums.square += horizontal_sum(square[0] + square[1]);
+    if constexpr (kConjugate) sums.conjugate += horizontal_sum(dual[0] + dual[1]);
+  }
+  if (arguments.stream && kMayStream) stream_fence();
+  sums.largest = horizontal_max(largest);
+  sums.not_a_number = any(poison != poison);
+  return sums;
+}
+
+// ---- gradient of log r with respect to h
+
+template <Form kForm, class V>
+REFINE_EXT_INLINE V factor_at(Family family, V log_ratio) {
+  family.form = kForm;  // lets the switch in score_factor fold
+  using A = Arithmetic<V>;
+  const V factor = score_factor(family, log_ratio);
+  // Where the ratio is clipped to zero it does not move: c = 0, not k 0^c.
+  if (family.c < 0.0) {
+    return A::select(log_ratio == A::splat(-HUGE_VAL), A::splat(0.0), factor);
+  }
+  return factor;
+}
+
+template <class T, class Body>
+REFINE_EXT_INLINE void for_elements(int64_t begin, int64_t end, const T* const* inputs, int count, T* out, Body&& body) {
+  using V = Vec<typename ComputeOf<T>::type>;
+  constexpr int kWidth = V::kWidth;
+  for_vectors<kWidth, 1>(
+      begin, end,
+      [&](int64_t i, int) {
+        V x[3];
+        for (int k = 0; k < count; ++k) x[k] = load(inputs[k] + i);
+        const V value = body(x, kWidth);
+        if (out) store(out + i, value);
+      },
+      [&](int64_t i, int64_t rest) {
+        V x[3];
+        T lanes[kWidth];
+        for (int k = 0; k < count; ++k) {
+          for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = inputs[k][i + (lane < rest ? lane : rest - 1)];
+          x[k] = load(lanes);
+        }
+        const V value = body(x, rest);
+        if (out) {
+          store(lanes, value);
+          for (int64_t lane = 0; lane < rest; ++lane) out[i + lane] = lanes[lane];
+        }
+      });
+}
+
+template <Form kForm, class T>
+void backward_sums_range(const T* grad, const T* log_ratio, const T* weights, int64_t begin, int64_t end,
+                         const Family& family, double sums[2]) {
+  using S = typename ComputeOf<T>::type;
+  using V = Vec<S>;
+  using A = Arithmetic<V>;
+  const T* inputs[3] = {grad, log_ratio, weights};
+  const V zero = A::splat(0.0);
+  sums[0] = sums[1] = 0.0;
+  for (int64_t block = begin; block < end; block += kBlock) {
+    V through = zero, slope = zero;
+    for_elements<T>(block, block + kBlock < end ? block + kBlock : end, inputs, weights ? 3 : 2,
+                    static_cast<T*>(nullptr), [&](const V* x, int64_t count) {
+                      const V c = factor_at<kForm>(family, x[1]);
+                      V share = A::exp(x[1]);
+                      share = A::select(share == zero, zero, share * c);
+                      if (weights) share = A::select(x[2] > zero, share * x[2], zero);
+                      const VecMask<S> inside = first_lanes<S>(count);
+                      // A clipped or excluded sample passes nothing on, whatever its upstream gradient (inf * 0).
+                      const V moved = A::select(c == zero, zero, c * x[0]);
+                      through = through + A::select(inside, moved, zero);
+                      slope = slope + A::select(inside, share, zero);
+                      return zero;
+                    });
+    sums[0] += horizontal_sum(through);
+    sums[1] += horizontal_sum(slope);
+  }
+}
+
+template <Form kForm, class T>
+void backward_range(const T* grad, const T* log_ratio, const T* weights, T* out, int64_t begin, int64_t end,
+                    const Family& family, double through_ratio) {
+  using V = Vec<typename ComputeOf<T>::type>;
+  using A = Arithmetic<V>;
+  const T* inputs[3] = {grad, log_ratio, weights};
+  const V scale = A::splat(through_ratio), zero = A::splat(0.0);
+  for_elements<T>(begin, end, inputs, weights ? 3 : 2, out, [&](const V* x, int64_t) {
+    const V c = factor_at<kForm>(family, x[1]);
+    V share = A::exp(x[1]) * scale;
+    if (weights) share = share * x[2];
+    return A::select(c == zero, zero, c * (x[0] + share));
+  });
+}
+
+// ---- f'(e^x) of logits
+
+template <Form kForm, class T>
+void dual_output_range(const T* x, T* out, int64_t begin, int64_t end, Family family) {
+  using V = Vec<typename ComputeOf<T>::type>;
+  family.form = kForm;
+  const T* inputs[3] = {x, nullptr, nullptr};
+  for_elements<T>(begin, end, inputs, 1, out, [&](const V* v, int64_t) { return dual_output(family, v[0]); });
+}
+
+template <Form kForm, class T>
+void dual_slope_range(const T* x, const T* grad, double scale, T* out, int64_t begin, int64_t end, Family family,
+                      bool conjugated) {
+  using V = Vec<typename ComputeOf<T>::type>;
+  family.form = kForm;
+  const T* inputs[3] = {x, grad, nullptr};
+  const V factor = Arithmetic<V>::splat(scale);
+  for_elements<T>(begin, end, inputs, grad ? 2 : 1, out, [&](const V* v, int64_t) {
+    const V slope = conjugated ? conjugate_slope(family, v[0]) : dual_slope(family, v[0]);
+    return (grad ? v[1] * factor : factor) * slope;
+  });
+}
+
+template <Form kForm, class T>
+double dual_sum_range(const T* x, int64_t begin, int64_t end, Family family, bool conjugated) {
+  using S = typename ComputeOf<T>::type;
+  using V = Vec<S>;
+  using A = Arithmetic<V>;
+  family.form = kForm;
+  const T* inputs[3] = {x, nullptr, nullptr};
+  double sum = 0.0;
+  for (int64_t block = begin; block < end; block += kBlock) {
+    V total = A::splat(0.0);
+    for_elements<T>(block, block + kBlock < end ? block + kBlock : end, inputs, 1, static_cast<T*>(nullptr),
+                    [&](const V* v, int64_t count) {
+                      const V value = conjugated ? conjugate(family, v[0]) : dual_output(family, v[0]);
+                      total = total + A::select(first_lanes<S>(count), value, A::splat(0.0));
+                      return value;
+                    });
+    sum += horizontal_sum(total);
+  }
+  return sum;
+}
+
+// ---- dispatch
+
+template <class F>
+auto with_storage(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::float64: return f(double{});
+    case Storage::float16: return f(Half{});
+    case Storage::bfloat16: return f(BFloat16{});
+    default: return f(float{});
+  }
+}
+
+template <Form kForm>
+struct FormTag {
+  static constexpr Form value = kForm;
+};
+
+template <class F>
+auto with_form(Form form, F&& f) {
+  switch (form) {
+    case Form::exponential: return f(FormTag<Form::exponential>{});
+    case Form::reciprocal: return f(FormTag<Form::reciprocal>{});
+    case Form::inverse_square: return f(FormTag<Form::inverse_square>{});
+    case Form::inverse_sqrt: return f(FormTag<Form::inverse_sqrt>{});
+    case Form::linear: return f(FormTag<Form::linear>{});
+    case Form::logistic: return f(FormTag<Form::logistic>{});
+    case Form::lambert: return f(FormTag<Form::lambert>{});
+    default: return f(FormTag<Form::power>{});
+  }
+}
+
+ScanSums scan(Storage storage, const RangeArguments& arguments, bool exponential) {
+  return with_storage(storage, [&](auto tag) {
+    using T = decltype(tag);
+    if (arguments.weights) {
+      return exponential ? scan_range<T, true, true>(arguments) : scan_range<T, true, false>(arguments);
+    }
+    return exponential ? scan_range<T, false, true>(arguments) : scan_range<T, false, false>(arguments);
+  });
+}
+
+template <Form kForm, class T, bool kWeighted>
+RatioSums pass_of(const RangeArguments& arguments, const Family& family, const Anchor& anchor, Output output,
+                  bool conjugated) {
+  if (conjugated) return ratio_range<kForm, T, kWeighted, Output::none, true>(arguments, family, anchor);
+  switch (output) {
+    case Output::log_ratio: return ratio_range<kForm, T, kWeighted, Output::log_ratio, false>(arguments, family, anchor);
+    case Output::ratio: return ratio_range<kForm, T, kWeighted, Output::ratio, false>(arguments, family, anchor);
+    default: return ratio_range<kForm, T, kWeighted, Output::none, false>(arguments, family, anchor);
+  }
+}
+
+RatioSums pass(Storage storage, const RangeArguments& arguments, const Family& family, const Anchor& anchor,
+               Output output, bool conjugated) {
+  return with_form(family.form, [&](auto form) {
+    return with_storage(storage, [&](auto tag) {
+      using T = decltype(tag);
+      constexpr Form kForm = decltype(form)::value;
+      return arguments.weights ? pass_of<kForm, T, true>(arguments, family, anchor, output, conjugated)
+                               : pass_of<kForm, T, false>(arguments, family, anchor, output, conjugated);
+    });
+  });
+}
+
+void backward_sums(Storage storage, const void* grad, const void* log_ratio, const void* weights, int64_t begin,
+                   int64_t end, const Family& family, double sums[2]) {
+  with_form(family.form, [&](auto form) {
+    with_storage(storage, [&](auto tag) {
+      using T = decltype(tag);
+      backward_sums_range<decltype(form)::value>(static_cast<const T*>(grad), static_cast<const T*>(log_ratio),
+                                                 static_cast<const T*>(weights), begin, end, family, sums);
+    });
+  });
+}
+
+void backward(Storage storage, const void* grad, const void* log_ratio, const void* weights, void* out, int64_t begin,
+              int64_t end, const Family& family, double through_ratio) {
+  with_form(family.form, [&](auto form) {
+    with_storage(storage, [&](auto tag) {
+      using T = decltype(tag);
+      backward_range<decltype(form)::value>(static_cast<const T*>(grad), static_cast<const T*>(log_ratio),
+                                            static_cast<const T*>(weights), static_cast<T*>(out), begin, end, family,
+                                            through_ratio);
+    });
+  });
+}
+
+void dual_output_pass(Storage storage, const void* x, void* out, int64_t begin, int64_t end, const Family& family) {
+  with_form(family.form, [&](auto form) {
+    with_storage(storage, [&](auto tag) {
+      using T = decltype(tag);
+      dual_output_range<decltype(form)::value>(static_cast<const T*>(x), static_cast<T*>(out), begin, end, family);
+    });
+  });
+}
+
+void dual_slope_pass(Storage storage, const void* x, const void* grad, double scale, void* out, int64_t begin,
+                     int64_t end, const Family& family, bool conjugated) {
+  with_form(family.form, [&](auto form) {
+    with_storage(storage, [&](auto tag) {
+      using T = decltype(tag);
+      dual_slope_range<decltype(form)::value>(static_cast<const T*>(x), static_cast<const T*>(grad), scale,
+                                              static_cast<T*>(out), begin, end, family, conjugated);
+    });
+  });
+}
+
+double dual_sum(Storage storage, const void* x, int64_t begin, int64_t end, const Family& family, bool conjugated) {
+  return with_form(family.form, [&](auto form) {
+    return with_storage(storage, [&](auto tag) {
+      using T = decltype(tag);
+      return dual_sum_range<decltype(form)::value>(static_cast<const T*>(x), begin, end, family, conjugated);
+    });
+  });
+}
+
+}  // namespace
+
+extern const DensityRatioKernels density_ratio_kernels;
+const DensityRatioKernels density_ratio_kernels = {scan,     pass,
+                                                     backward_sums,    backward,
+                                                     dual_output_pass, dual_slope_pass,
+                                                     dual_sum};
+
+}  // namespace refine_ext::REFINE_EXT_ISA

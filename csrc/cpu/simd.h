@@ -1,0 +1,412 @@
+// SIMD vectors of float and double on GCC/Clang vector extensions, and exp, expm1, log, log1p, sqrt on them.
+//
+// A file that includes this is compiled once per instruction set with its own -march and -DREFINE_EXT_ISA=name.
+// Everything lives in a namespace of that name and is always inlined, so that no function compiled for AVX-512 can be
+// picked by the linker for a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../math/arithmetic.h"
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef REFINE_EXT_ISA
+#error "compile with -DREFINE_EXT_ISA=<name>"
+#endif
+
+namespace refine_ext::REFINE_EXT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+template <class S>
+struct Vec {
+  using Integer = typename IntegerOf<S>::type;
+  typedef S Native __attribute__((vector_size(kVectorBytes)));
+  typedef S Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(S)), may_alias));
+  typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(S));
+
+  Native v;
+
+  // v - 0 rather than v + 0: the latter turns -0 into +0 and costs an addition.
+  static REFINE_EXT_INLINE Vec splat(S value) { return {value - Native{}}; }
+  static REFINE_EXT_INLINE Vec load(const S* p) { return {*reinterpret_cast<const Unaligned*>(p)}; }
+  REFINE_EXT_INLINE void store(S* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  // Non-temporal, for outputs larger than the caches; p is aligned to kVectorBytes. Needs stream_fence() at the end.
+  REFINE_EXT_INLINE void stream(S* p) const {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+    store(p);
+#endif
+  }
+};
+
+REFINE_EXT_INLINE void stream_fence() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+template <class S>
+struct VecMask {
+  typename Vec<S>::Bits bits;
+};
+
+#define REFINE_EXT_OPERATOR(op)                                       \
+  template <class S>                                                  \
+  REFINE_EXT_INLINE Vec<S> operator op(Vec<S> a, Vec<S> b) {          \
+    return {a.v op b.v};                                              \
+  }
+REFINE_EXT_OPERATOR(+)
+REFINE_EXT_OPERATOR(-)
+REFINE_EXT_OPERATOR(*)
+REFINE_EXT_OPERATOR(/)
+#undef REFINE_EXT_OPERATOR
+
+#define REFINE_EXT_COMPARISON(op)                                     \
+  template <class S>                                                  \
+  REFINE_EXT_INLINE VecMask<S> operator op(Vec<S> a, Vec<S> b) {      \
+    return {a.v op b.v};                                              \
+  }
+REFINE_EXT_COMPARISON(<)
+REFINE_EXT_COMPARISON(>)
+REFINE_EXT_COMPARISON(==)
+REFINE_EXT_COMPARISON(!=)
+#undef REFINE_EXT_COMPARISON
+
+template <class S>
+REFINE_EXT_INLINE Vec<S> select(VecMask<S> mask, Vec<S> yes, Vec<S> no) {
+  return {mask.bits ? yes.v : no.v};
+}
+
+// max(a, b) with NaN in a winning never: a running maximum skips NaN in the new value b.
+template <class S>
+REFINE_EXT_INLINE Vec<S> running_max(Vec<S> a, Vec<S> b) {
+  return {b.v > a.v ? b.v : a.v};
+}
+
+template <class S>
+REFINE_EXT_INLINE double horizontal_sum(Vec<S> a) {
+  double sum = 0.0;
+  for (int lane = 0; lane < Vec<S>::kWidth; ++lane) sum += static_cast<double>(a.v[lane]);
+  return sum;
+}
+
+template <class S>
+REFINE_EXT_INLINE double horizontal_max(Vec<S> a) {
+  S best = a.v[0];
+  for (int lane = 1; lane < Vec<S>::kWidth; ++lane) best = a.v[lane] > best ? a.v[lane] : best;
+  return static_cast<double>(best);
+}
+
+template <class S>
+REFINE_EXT_INLINE bool any(VecMask<S> mask) {
+  typename Vec<S>::Bits b = mask.bits;
+  typename Vec<S>::Integer all = 0;
+  for (int lane = 0; lane < Vec<S>::kWidth; ++lane) all |= b[lane];
+  return all != 0;
+}
+
+// ---- elementary functions. Coefficients: tools/fit_polynomials.py.
+
+template <class S>
+struct Tables;
+
+template <>
+struct Tables<float> {
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kExpTail[] = {0.5f, 0.166665770246102859f, 0.041666554660816678f, 0.00836317323900937241f,
+                                       0.00139261763254180529f};
+  static constexpr float kLogTail[] = {0.666666850413835306f, 0.399887798261498202f, 0.295799829716420768f};
+  // ln 2 in two parts, the first with enough trailing zeros that n * high is exact for every exponent n.
+  static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+  static constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;
+};
+
+template <>
+struct Tables<double> {
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kExpTail[] = {0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332614073,
+                                        0.00138888888888837523, 0.000198412698748010459, 0.0000248015873255337593,
+                                        2.75572554250437468e-6, 2.7557273660846841e-7, 2.51052066664718393e-8,
+                                        2.09146795854708306e-9};
+  static constexpr double kLogTail[] = {0.666666666666666969, 0.399999999998994846, 0.285714286259844848,
+                                        0.222222111333259714, 0.181828892322975639, 0.15331718042755715,
+                                        0.146164936603116586};
+  static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kExpLow = -746.0, kExpHigh = 710.0;
+};
+
+template <class S, int N>
+REFINE_EXT_INLINE Vec<S> polynomial(Vec<S> x, const S (&coefficients)[N]) {
+  Vec<S> sum = Vec<S>::splat(coefficients[N - 1]);
+#pragma GCC unroll 16
+  for (int k = N - 2; k >= 0; --k) sum = sum * x + Vec<S>::splat(coefficients[k]);
+  return sum;
+}
+
+// x = n ln 2 + r with |r| <= ln(2)/2: e^x = 2^n (1 + p), p = r + r^2 Q(r). NaN goes through.
+template <class S>
+struct ExpParts {
+  Vec<S> n, p;
+};
+
+template <class S>
+REFINE_EXT_INLINE ExpParts<S> exp_parts(Vec<S> x) {
+  using V = Vec<S>;
+  using T = Tables<S>;
+  x = select(x < V::splat(T::kExpLow), V::splat(T::kExpLow), x);
+  x = select(x > V::splat(T::kExpHigh), V::splat(T::kExpHigh), x);
+  const V n = (x * V::splat(S(1.44269504088896340736)) + V::splat(T::kRound)) - V::splat(T::kRound);
+  const V r = (x - n * V::splat(T::kLn2High)) - n * V::splat(T::kLn2Low);
+  return {n, r + r * r * polynomial(r, T::kExpTail)};
+}
+
+// value * 2^n for an integer-valued n, gradual underflow and overflow included.
+template <class S>
+REFINE_EXT_INLINE Vec<S> scale_by_power(Vec<S> value, Vec<S> n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    return {(typename Vec<S>::Native)_mm512_scalef_ps((__m512)value.v, (__m512)n.v)};
+  } else {
+    return {(typename Vec<S>::Native)_mm512_scalef_pd((__m512d)value.v, (__m512d)n.v)};
+  }
+#else
+  // 2^n in two factors, each a normal number: n reaches beyond the exponent range at both ends.
+  using Bits = typename Vec<S>::Bits;
+  using T = Tables<S>;
+  // n + kRound holds the integer n in its low mantissa bits.
+  const Bits whole = (Bits)(n + Vec<S>::splat(T::kRound)).v - (Bits)Vec<S>::splat(T::kRound).v;
+  const Bits half = whole >> 1;
+  const Bits first = (half + T::kBias) << T::kMantissa;
+  const Bits second = (whole - half + T::kBias) << T::kMantissa;
+  return {value.v * (typename Vec<S>::Native)first * (typename Vec<S>::Native)second};
+#endif
+}
+
+template <class S>
+REFINE_EXT_INLINE Vec<S> vector_exp(Vec<S> x) {
+  const ExpParts<S> parts = exp_parts(x);
+  return scale_by_power(Vec<S>::splat(1) + parts.p, parts.n);
+}
+
+template <class S>
+REFINE_EXT_INLINE void vector_exp_and_expm1(Vec<S> x, Vec<S>& e, Vec<S>& em1) {
+  const ExpParts<S> parts = exp_parts(x);
+  const Vec<S> one = Vec<S>::splat(1);
+  e = scale_by_power(one + parts.p, parts.n);
+  // 2^n p + (2^n - 1), exact in its second term for small n; at the top of the range 2^n overflows before e^x does.
+  const Vec<S> power = scale_by_power(one, parts.n);
+  const Vec<S> direct = power * parts.p + (power - one);
+  em1 = select(parts.n > Vec<S>::splat(Tables<S>::kBias), e, direct);
+  // x below eps: keep the sign of zero and the last bit.
+  em1 = select(x == Vec<S>::splat(0), x, em1);
+}
+
+// m in [sqrt(1/2), sqrt(2)), k integer-valued with x = m 2^k; for finite x > 0.
+template <class S>
+REFINE_EXT_INLINE void split_exponent(Vec<S> x, Vec<S>& m, Vec<S>& k) {
+  using V = Vec<S>;
+  using Bits = typename V::Bits;
+  using T = Tables<S>;
+  const S lift = S(int64_t{1} << T::kMantissa);  // brings subnormals into the normal range
+  const VecMask<S> tiny = x < V::splat(std::numeric_limits<S>::min());
+  const V scaled = select(tiny, x * V::splat(lift), x);
+  const Bits bits = (Bits)scaled.v;
+  // Subtracting sqrt(1/2)'s bits makes the exponent field change at sqrt(1/2) 2^k instead of at 2^k.
+  const Bits reference = (Bits)V::splat(S(0.70710678118654752440)).v;
+  const Bits exponent = (bits - reference) >> T::kMantissa;
+  m.v = (typename V::Native)(bits - (exponent << T::kMantissa));
+  k.v = __builtin_convertvector(exponent, typename V::Native);
+  k = select(tiny, k - V::splat(S(T::kMantissa)), k);
+}
+
+// log(1 + f) for m = 1 + f in [sqrt(1/2), sqrt(2)): f - f^2/2 + s (f^2/2 + s^2 R), s = f / (2 + f).
+template <class S>
+REFINE_EXT_INLINE Vec<S> vector_log(Vec<S> x) {
+  using V = Vec<S>;
+  using T = Tables<S>;
+  V m, k;
+  split_exponent(x, m, k);
+  const V f = m - V::splat(1);
+  const V s = f / (V::splat(2) + f);
+  const V z = s * s;
+  const V half_square = V::splat(S(0.5)) * f * f;
+  // 2 s + s^3 P = f - f^2/2 + s f^2/2 + s^3 P, because f - s f = 2 s and s f = f^2/2 - s f^2/2.
+  const V tail = s * (half_square + z * polynomial(z, T::kLogTail));
+  const V small = (k * V::splat(T::kLn2Low) + tail) - half_square;
+  V result = k * V::splat(T::kLn2High) + (f + small);
+  const S infinity = std::numeric_limits<S>::infinity();
+  result = select(x == V::splat(infinity), x, result);
+  result = select(x == V::splat(0), V::splat(-infinity), result);
+  result = select(x < V::splat(0), V::splat(std::numeric_limits<S>::quiet_NaN()), result);
+  return select(x != x, x, result);
+}
+
+template <class S>
+REFINE_EXT_INLINE Vec<S> vector_log1p(Vec<S> x) {
+  using V = Vec<S>;
+  const V one = V::splat(1);
+  const V u = one + x;
+  // The rounding of 1 + x, put back to first order; at x = -1 and x = inf it would be 0/0 and inf - inf.
+  V correction = (x - (u - one)) / u;
+  correction = select(u == V::splat(0), V::splat(0), correction);
+  correction = select(x > V::splat(std::numeric_limits<S>::max()), V::splat(0), correction);
+  return select(x == V::splat(0), x, vector_log(u) + correction);
+}
+
+template <class S>
+REFINE_EXT_INLINE Vec<S> vector_sqrt(Vec<S> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    return {(typename Vec<S>::Native)_mm512_sqrt_ps((__m512)x.v)};
+  } else {
+    return {(typename Vec<S>::Native)_mm512_sqrt_pd((__m512d)x.v)};
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    return {(typename Vec<S>::Native)_mm256_sqrt_ps((__m256)x.v)};
+  } else {
+    return {(typename Vec<S>::Native)_mm256_sqrt_pd((__m256d)x.v)};
+  }
+#else
+  Vec<S> root;
+  for (int lane = 0; lane < Vec<S>::kWidth; ++lane) root.v[lane] = S(__builtin_sqrt(x.v[lane]));
+  return root;
+#endif
+}
+
+// ---- loads and stores of the storage types, in their compute type
+
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+
+REFINE_EXT_INLINE Vec<float> load(const float* p) { return Vec<float>::load(p); }
+REFINE_EXT_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p); }
+
+typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t UnalignedWords __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+
+REFINE_EXT_INLINE Vec<float> load(const BFloat16* p) {
+  const Unsigned wide = __builtin_convertvector(*reinterpret_cast<const UnalignedWords*>(p), Unsigned);
+  return {(Vec<float>::Native)(wide << 16)};
+}
+
+// Round to nearest even; NaN keeps a set mantissa bit.
+REFINE_EXT_INLINE void store(BFloat16* p, Vec<float> x) {
+  const Unsigned bits = (Unsigned)x.v;
+  const Unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Unsigned quiet = (bits >> 16) | 0x40u;
+  const Unsigned chosen = (x != x).bits ? quiet : rounded;
+  *reinterpret_cast<UnalignedWords*>(p) = __builtin_convertvector(chosen, Words);
+}
+
+REFINE_EXT_INLINE Vec<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return {(Vec<float>::Native)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+#elif defined(__F16C__)
+  return {(Vec<float>::Native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+#else
+  // Exponent and mantissa moved into float's fields read as the value times 2^-112; subnormals come out right too.
+  const Unsigned wide = __builtin_convertvector(*reinterpret_cast<const UnalignedWords*>(p), Unsigned);
+  const Unsigned magnitude = (wide & 0x7fffu) << 13;
+  const Vec<float> value = Vec<float>{(Vec<float>::Native)magnitude} * Vec<float>::splat(0x1p112f);
+  const Unsigned special = magnitude >= (0x7c00u << 13) ? ((Unsigned)value.v | 0x7f800000u) : (Unsigned)value.v;
+  return {(Vec<float>::Native)(special | ((wide & 0x8000u) << 16))};
+#endif
+}
+
+REFINE_EXT_INLINE void store(Half* p, Vec<float> x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x.v, 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x.v, 0));
+#else
+  // Adding a power of two 13 bits above the value's own rounds the float to half's precision, subnormals included.
+  const Unsigned bits = (Unsigned)x.v;
+  const Unsigned sign = (bits >> 16) & 0x8000u;
+  const Unsigned magnitude = bits & 0x7fffffffu;
+  const Unsigned floor = Unsigned{} + 0x38800000u;  // 2^-14, the smallest normal half
+  const Unsigned exponent = (magnitude > floor ? magnitude : floor) & 0x7f800000u;
+  const Vec<float> magic{(Vec<float>::Native)(exponent + (13u << 23))};
+  const Vec<float> sum = Vec<float>{(Vec<float>::Native)magnitude} + magic;
+  // The low mantissa bits of the sum count units of half's last place; carry into the next exponent comes for free.
+  const Unsigned units = (Unsigned)sum.v - (Unsigned)magic.v;
+  const Unsigned encoded = (((exponent >> 23) - 113u) << 10) + units;
+  Unsigned result = encoded;
+  result = magnitude >= 0x477ff000u ? Unsigned{} + 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? Unsigned{} + 0x7e00u : result;
+  *reinterpret_cast<UnalignedWords*>(p) = __builtin_convertvector(result | sign, Words);
+#endif
+}
+
+REFINE_EXT_INLINE void store(float* p, Vec<float> x) { x.store(p); }
+REFINE_EXT_INLINE void store(double* p, Vec<double> x) { x.store(p); }
+
+}  // namespace refine_ext::REFINE_EXT_ISA
+
+namespace refine_ext {
+
+template <class S>
+struct Arithmetic<REFINE_EXT_ISA::Vec<S>> {
+  using Scalar = S;
+  using V = REFINE_EXT_ISA::Vec<S>;
+  using Mask = REFINE_EXT_ISA::VecMask<S>;
+  static REFINE_EXT_INLINE V splat(double value) { return V::splat(static_cast<S>(value)); }
+  static REFINE_EXT_INLINE V select(Mask mask, V yes, V no) { return REFINE_EXT_ISA::select(mask, yes, no); }
+  static REFINE_EXT_INLINE V exp(V x) { return REFINE_EXT_ISA::vector_exp(x); }
+  static REFINE_EXT_INLINE V log(V x) { return REFINE_EXT_ISA::vector_log(x); }
+  static REFINE_EXT_INLINE V log1p(V x) { return REFINE_EXT_ISA::vector_log1p(x); }
+  static REFINE_EXT_INLINE V sqrt(V x) { return REFINE_EXT_ISA::vector_sqrt(x); }
+  static REFINE_EXT_INLINE void exp_and_expm1(V x, V& e, V& em1) {
+    REFINE_EXT_ISA::vector_exp_and_expm1(x, e, em1);
+  }
+  static REFINE_EXT_INLINE V expm1(V x) {
+    V e, em1;
+    exp_and_expm1(x, e, em1);
+    return em1;
+  }
+};
+
+}  // namespace refine_ext

@@ -1,0 +1,45 @@
+"""Polynomial coefficients of `csrc/cpu/simd.h`: near-minimax fits by Chebyshev interpolation in 60 digits.
+
+Prints each coefficient list, lowest degree first, and the fit's worst relative error against the
+function it serves. Run it to reproduce or to change a degree: `python tools/fit_polynomials.py`.
+"""
+
+from mpmath import atanh, chebyfit, expm1, log, mp, mpf, sqrt
+
+mp.dps = 60
+
+
+def exp_tail(r):
+    """(e^r - 1 - r) / r^2, the Q of e^r - 1 = r + r^2 Q(r)."""
+    if abs(r) < mpf(10) ** -12:
+        return mpf(1) / 2 + r / 6 + r * r / 24
+    return (expm1(r) - r) / r**2
+
+
+def log_tail(z):
+    """(log(m) - 2 s) / s^3 with s = (m - 1) / (m + 1) and z = s^2."""
+    if z < mpf(10) ** -20:
+        return mpf(2) / 3 + 2 * z / 5
+    s = sqrt(z)
+    return (2 * atanh(s) - 2 * s) / s**3
+
+
+def fit(name, function, interval, degree, relative_to):
+    coefficients = chebyfit(function, interval, degree + 1)[::-1]
+    low, high = interval
+    worst = mpf(0)
+    for i in range(2001):
+        x = low + (high - low) * i / 2000
+        value = sum(c * x**k for k, c in enumerate(coefficients))
+        worst = max(worst, abs(relative_to(x, value) - relative_to(x, function(x))))
+    print(f"{name}: worst relative error {mp.nstr(worst, 3)}")
+    print("  {" + ", ".join(mp.nstr(c, 18) for c in coefficients) + "}")
+
+
+if __name__ == "__main__":
+    half = log(2) / 2 + mpf(2) ** -20
+    top = ((sqrt(2) - 1) / (sqrt(2) + 1)) ** 2 + mpf(2) ** -20
+    for bits, exp_degree, log_degree in ((24, 4, 2), (53, 10, 6)):
+        print(f"--- {bits} bits")
+        fit("exp_tail", exp_tail, [-half, half], exp_degree, lambda r, q: r * q if r else q)
+        fit("log_tail", log_tail, [mpf(0), top], log_degree, lambda z, p: z * p / 2)
