@@ -132,10 +132,8 @@ def refine(
         allowed = refined.refinable or options.force
         if allowed:
             write_refined(refined, sources[1], out, options)
-        facts = {
-            "seconds": time.perf_counter() - started,
-            "memory": memory_used(options, libraries),
-        }
+        memory = memory_used(options, libraries)
+        facts = {"seconds": time.perf_counter() - started, "memory": memory}
         if report:
             _write_report(refined, options, Path(report), {**facts, "real": real, "out": out})
             say(f"{'report':<12} {report}, {Path(report).with_suffix('.json')}")
@@ -143,7 +141,7 @@ def refine(
             click.echo(f"refused: {refined.verdict}; {out} was not written", err=True)
             sys.exit(EXIT_REFUSED)
         say(written_line(refined, out))
-        say(f"{'memory':<12} {facts['memory']['text']}")
+        say(f"{'memory':<12} {memory['text']}")
     finally:
         signal.signal(signal.SIGTERM, previous)
 

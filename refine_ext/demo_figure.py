@@ -32,7 +32,8 @@ def draw_demo(result: DemoResult) -> Figure:
     seeds."""
     first = result.seeds[0]
     figure = new_figure(19, 13, "Refining a faulty digit generator, judged on held-out digits")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[0.9, 1.0, 1.0])
+    parts: Any = figure.subfigures(3, 1, height_ratios=[0.9, 1.0, 1.0])
+    top, middle, bottom = parts
     _draw_samples(top, result, first)
     _draw_weights(middle, first)
     axes = bottom.subplots(1, len(TITLES))
@@ -52,7 +53,7 @@ def draw_demo(result: DemoResult) -> Figure:
 
 def _draw_samples(figure: Any, result: DemoResult, first: SeedResult) -> None:
     samples = first.refined.samples
-    assert samples is not None
+    assert samples is not None and samples.after is not None
     panels = [
         ("held-out real digits", samples.real, REAL),
         ("generated", samples.before, BEFORE),

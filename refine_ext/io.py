@@ -168,7 +168,7 @@ class FileRegion(RowSource):
         if self._descriptor < 0:  # opened once: on some file systems that costs more than a block
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._descriptor)
-        view, done = memoryview(out).cast("B"), 0
+        view, done = out.data.cast("B"), 0
         while done < len(view):
             place = self._offset + start * self.row_bytes + done
             got = os.preadv(self._descriptor, [view[done:]], place)
@@ -198,7 +198,7 @@ class DeflatedMember(RowSource):
                 self._row = 0
                 self._discard(self._stream, self._skip)
             self._discard(self._stream, (start - self._row) * self.row_bytes)
-            view, done = memoryview(out).cast("B"), 0
+            view, done = out.data.cast("B"), 0
             while done < len(view):
                 chunk = self._stream.read(min(len(view) - done, 1 << 20))
                 if not chunk:

@@ -15,11 +15,11 @@ _SHOWN = 64
 
 @dataclass
 class Samples:
-    """The few rows a report shows, each [k, ...] float32."""
+    """The few rows a report shows, each [k, ...]; `after` is None for a refused job."""
 
     real: np.ndarray
     before: np.ndarray
-    after: np.ndarray
+    after: np.ndarray | None
     highest: np.ndarray
     lowest: np.ndarray
 
@@ -106,14 +106,28 @@ def judge_samples(
         size = min(size, len(indices))
         after_rows = indices[random_rows(generator, len(indices), size)]
     before_rows = random_rows(generator, len(generated), size)
-    order = np.argsort(weights, kind="stable")
-    before, after, highest, lowest = (
-        take(generated, rows, block_rows)
-        for rows in (before_rows, after_rows, order[::-1][:_SHOWN], order[:_SHOWN])
+    samples = show_samples(real[:size], generated, weights, before_rows, after_rows, block_rows)
+    assert samples.after is not None
+    before, after = (
+        two_sample(real[:size], sample, groups=rows, seed=seed)
+        for sample, rows in ((samples.before, before_rows), (samples.after, after_rows))
     )
-    real = real[:size]
-    measures = [
-        two_sample(real, sample, groups=rows, seed=seed)
-        for sample, rows in ((before, before_rows), (after, after_rows))
-    ]
-    return measures[0], measures[1], Samples(real, before, after, highest, lowest)
+    return before, after, samples
+
+
+def show_samples(
+    real: np.ndarray,
+    generated: RowSource,
+    weights: np.ndarray,
+    before_rows: np.ndarray,
+    after_rows: np.ndarray | None,
+    block_rows: int,
+) -> Samples:
+    """Fetch the rows a report shows: these, and those of the highest and lowest weights."""
+    order = np.argsort(weights, kind="stable")
+    before, highest, lowest = (
+        take(generated, rows, block_rows)
+        for rows in (before_rows, order[::-1][:_SHOWN], order[:_SHOWN])
+    )
+    after = None if after_rows is None else take(generated, after_rows, block_rows)
+    return Samples(real, before, after, highest, lowest)

@@ -84,7 +84,7 @@ class RowWriter:
 
     def write(self, raw: np.ndarray) -> None:
         """Append rows, uint8 [rows, row_bytes]."""
-        self.file.write(memoryview(np.ascontiguousarray(raw)).cast("B"))
+        self.file.write(np.ascontiguousarray(raw).data.cast("B"))
         self.written += len(raw)
 
 

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .io import RowSource
-from .judging import MINIMUM_JUDGED, Samples, judge_samples, measure_gain, random_rows, take
+from .judging import (
+    MINIMUM_JUDGED,
+    Samples,
+    judge_samples,
+    measure_gain,
+    random_rows,
+    show_samples,
+    take,
+)
 from .output import check_output, create_rows
 
 if TYPE_CHECKING:
@@ -337,6 +345,11 @@ def refine(
                 generator=generator,
                 seed=options.seed,
             )
+    elif len(held_real):
+        rows = random_rows(generator, len(generated), len(held_real))
+        refined.samples = show_samples(
+            held_real, generated, refined.weights, rows, None, plan.block_rows
+        )
     return refined
 
 

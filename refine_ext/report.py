@@ -106,34 +106,42 @@ def draw_grid(
     axes.set_axis_off()
 
 
-def draw_plane(axes: Axes, samples: np.ndarray, reference: np.ndarray, colour: str) -> None:
-    """Samples on the first two principal axes of the reference (or the two features, or a
-    histogram)."""
-    flat, base = (x.reshape(len(x), -1).astype(np.float64) for x in (samples, reference))
+def draw_plane(
+    axes: Axes, samples: np.ndarray, real: np.ndarray, generated: np.ndarray, colour: str
+) -> None:
+    """Samples over the real ones: a histogram, the plane, or the first two principal axes of both.
+
+    What `generated` covers decides the limits too, so that the panels of one report share them.
+    """
+    shown, base, other = (
+        x.reshape(len(x), -1).astype(np.float64) for x in (samples, real, generated)
+    )
+    both = np.concatenate([base, other])
+    axes.set_yticks([])
     if base.shape[1] == 1:
-        low, high = np.percentile(base, [0.5, 99.5])
-        edges = np.linspace(low, high, 41)
-        axes.hist(base[:, 0], edges, density=True, color="0.85", label="held-out real")
-        axes.hist(flat[:, 0], edges, density=True, histtype="step", color=colour, linewidth=1.5)
-        axes.set_yticks([])
+        left, right = np.percentile(both, [0.5, 99.5])
+        edges = np.linspace(left, right, 26)
+        for values, shade, fill in ((base, "0.85", True), (shown, colour, False)):
+            clipped = np.clip(values, edges[0], edges[-1])
+            heights, _ = np.histogram(clipped, edges, density=True)
+            axes.stairs(heights, edges, fill=fill, color=shade, linewidth=1.5)
         return
     if base.shape[1] > 2:
-        centre = base.mean(axis=0)
-        directions = np.linalg.svd(base - centre, full_matrices=False)[2][:2]
-        flat, base = (flat - centre) @ directions.T, (base - centre) @ directions.T
-    axes.scatter(*base.T, s=5, color="0.8", linewidths=0)
-    axes.scatter(*flat.T, s=5, color=colour, alpha=0.6, linewidths=0)
-    low, high = np.percentile(base, [0.5, 99.5], axis=0)
-    margin = 0.25 * (high - low) + 1e-12
+        centre = both.mean(axis=0)
+        directions = np.linalg.svd(both - centre, full_matrices=False)[2][:2].T
+        shown, base, both = ((x - centre) @ directions for x in (shown, base, both))
+    axes.scatter(base[:, 0], base[:, 1], s=9, color="0.8", linewidths=0)
+    axes.scatter(shown[:, 0], shown[:, 1], s=9, color=colour, alpha=0.6, linewidths=0)
+    low, high = np.percentile(both, [0.3, 99.7], axis=0)
+    margin = 0.1 * (high - low) + 1e-12
     axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
     axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
     axes.set_xticks([])
-    axes.set_yticks([])
 
 
 def draw_log_ratios(axes: Axes, groups: Sequence[tuple[str, np.ndarray, str]]) -> None:
     """Densities of log r, one outline per (label, log-ratios, colour)."""
-    finite = [values[np.isfinite(values)] for _, values, _ in groups]
+    finite = [values[np.isfinite(values)].astype(np.float64) for _, values, _ in groups]
     pooled = np.concatenate(finite)
     if not pooled.size:
         return
@@ -144,10 +152,9 @@ def draw_log_ratios(axes: Axes, groups: Sequence[tuple[str, np.ndarray, str]]) -
     for (label, _, colour), values in zip(groups, finite, strict=True):
         if values.size:
             # the tails are drawn in the outermost bins, not cut off
-            clipped = np.clip(values, low, high)
-            style = {"density": True, "color": colour, "label": label}
-            axes.hist(clipped, edges, histtype="stepfilled", alpha=0.16, **{**style, "label": None})
-            axes.hist(clipped, edges, histtype="step", linewidth=1.6, **style)
+            heights, _ = np.histogram(np.clip(values, low, high), edges, density=True)
+            axes.stairs(heights, edges, fill=True, color=colour, alpha=0.16)
+            axes.stairs(heights, edges, color=colour, linewidth=1.6, label=label)
     axes.axvline(0.0, color="0.6", linewidth=0.8, linestyle=":")
     axes.set_xlabel("log r (nats)")
     axes.set_yticks([])
@@ -242,22 +249,27 @@ def _draw_samples(figure: Figure, grid: Any, samples: Samples) -> None:
     for column, (title, values, colour) in enumerate(panels):
         axes = figure.add_subplot(grid[0, column])
         axes.set_title(title, color=colour, fontweight="bold")
+        if values is None:
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, "refused", ha="center", fontsize=16, color="0.5")
+            continue
         images = as_images(values)
         if images is not None:
             limits = np.percentile(samples.real, [0.1, 99.9])
             draw_grid(axes, images, 8, 8, (float(limits[0]), float(limits[1])))
         else:
-            draw_plane(axes, values, samples.real, colour)
+            draw_plane(axes, values, samples.real, samples.before, colour)
 
 
 def draw_refined(refined: Refined, title: str) -> Figure:
     """The picture of one refine job: samples, log-ratios, weights, and the held-out measures."""
     figure = new_figure(19, 8.6, title)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.0, 0.95])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.0, 0.95])
+    upper, lower = parts
     if refined.samples is not None:
         _draw_samples(upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples)
-    else:
-        upper.text(0.5, 0.5, refined.verdict or "no samples", ha="center", wrap=True, fontsize=13)
+    if not refined.refinable:
+        figure.text(0.01, 0.955, refined.verdict, fontsize=11, color=BEFORE, va="top")
     names = measured(refined.before, refined.after) if refined.before and refined.after else []
     grid = lower.add_gridspec(1, 2 + len(names), width_ratios=[1.9, 1.5, *[1.0] * len(names)])
     draw_log_ratios(
