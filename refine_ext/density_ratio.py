@@ -239,7 +239,9 @@ def _weights_like(weights: Tensor, h: Tensor, rows: Tensor, dim: int | None) -> 
             f"density_ratio: base_weights must have shape {list(h.shape)} or [{rows.shape[-1]}], "
             f"got {list(weights.shape)}"
         )
-    return weights.detach().to(h.dtype)
+    weights = weights.detach().to(torch.promote_types(weights.dtype, h.dtype))
+    # Only proportions count: with a largest weight of one, no size of the weights leaves the range of h's dtype.
+    return (weights / weights.abs().amax(-1, keepdim=True)).to(h.dtype)
 
 
 def _shift_like(shift: float | Tensor, rows: Tensor) -> Tensor:

@@ -215,6 +215,7 @@ def draw_measure(
             va="center",
             color=colour,
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
         )
     if ideal is not None:
         axes.axhline(ideal, color="0.45", linewidth=1, linestyle="--", zorder=0)
