@@ -34,13 +34,15 @@ struct ResamplingKernels {
 // Draws whose positions are in work at once: 32 KB.
 inline constexpr int64_t kPlaced = 4096;
 
+// A seed for every `rows_each` rows, which are sequences 0, 1, ... of it: a row gets the same numbers whatever it is
+// batched with.
 struct DrawSeeds {
   const int64_t* seeds;
-  int64_t stride;  // 0: one seed, and the row is part of the counter; 1: a seed for each row, which is then row 0 of it
+  int64_t rows_each;
   uint64_t offset;
 
   PhiloxSequence sequence(int64_t row, Stream stream) const {
-    return {static_cast<uint64_t>(seeds[row * stride]), stride ? 0 : static_cast<uint64_t>(row), stream};
+    return {static_cast<uint64_t>(seeds[row / rows_each]), static_cast<uint64_t>(row % rows_each), stream};
   }
 };
 

@@ -14,7 +14,8 @@
 // So C never decreases, C_i = C_{i-1} where the weight is zero, and T = C_{n-1}.
 //
 // Draws. A draw at position t in [0, T) takes the first i with C_i > t: a weight of zero is never drawn, ties cannot
-// happen. U_k is number offset + k of the Philox sequence (seed, row, Stream::resample), 64 bits each, and
+// happen. U_k is number offset + k of the Philox sequence (seed, row, Stream::resample), 64 bits each; row counts the rows
+// that share a seed; and
 // mulhi(a, b) = floor(a b / 2^64).
 //   multinomial  t_j = mulhi(U_j, T)                                       independent draws, in draw order
 //   stratified   t_j = lo_j + mulhi(U_j, lo_{j+1} - lo_j), lo_j = floor(j T / num)        ascending

@@ -1,6 +1,7 @@
 // Checks, allocation and dispatch of the resampling family, CPU.
 #include "../cpu/resampling.h"
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -41,13 +42,18 @@ Rows rows_of(const Tensor& x, const char* op, const char* argument) {
   return {rows, x.size(dims - 1)};
 }
 
-// One seed for all rows, or one for each.
+// How many consecutive rows each of the `values` serves.
+int64_t rows_each(const Tensor& values, int64_t rows, const char* op, const char* argument) {
+  const int64_t count = static_cast<int64_t>(values.numel());
+  require(count > 0 ? rows % count == 0 : rows == 0, op, ": ", argument,
+          " must hold one value, or one for each of the leading dimensions (", rows, " rows), got shape ", shape_of(values));
+  return count > 0 ? std::max<int64_t>(1, rows / count) : 1;
+}
+
 DrawSeeds seeds_of(const Tensor& seed, int64_t rows, int64_t offset, const char* op) {
   require(seed.scalar_type() == ScalarType::Long, op, ": seed must be an int64 tensor");
-  const int64_t count = static_cast<int64_t>(seed.numel());
-  require(seed.dim() == 0 || count == rows, op, ": seed must hold one value, or one per row (", rows, "), got shape ",
-          shape_of(seed));
-  return {static_cast<const int64_t*>(seed.const_data_ptr()), seed.dim() == 0 ? 0 : 1, static_cast<uint64_t>(offset)};
+  return {static_cast<const int64_t*>(seed.const_data_ptr()), rows_each(seed, rows, op, "seed"),
+          static_cast<uint64_t>(offset)};
 }
 
 std::string row_text(const DrawReport& report, int64_t rows) {
@@ -82,17 +88,15 @@ Tensor resample(const Tensor& weights_in, int64_t num, const Tensor& seed_in, in
   return out;
 }
 
-// A float64 tensor of one value, or one per row, as one per row.
+// Values of a float64 tensor, one per row.
 std::vector<double> per_row(const Tensor& values, int64_t rows, const char* op, const char* argument, bool infinite) {
   require(values.scalar_type() == ScalarType::Double, op, ": ", argument, " must be a float64 tensor");
-  const int64_t count = static_cast<int64_t>(values.numel());
-  require(values.dim() == 0 || count == rows, op, ": ", argument, " must hold one value, or one per row (", rows,
-          "), got shape ", shape_of(values));
+  const int64_t each = rows_each(values, rows, op, argument);
   const Tensor source = as_contiguous(values);
   const double* data = static_cast<const double*>(source.const_data_ptr());
   std::vector<double> result(rows);
   for (int64_t row = 0; row < rows; ++row) {
-    result[row] = data[values.dim() == 0 ? 0 : row];
+    result[row] = data[row / each];
     const bool allowed = result[row] < HUGE_VAL && (infinite || result[row] > -HUGE_VAL);
     require(allowed, op, ": ", argument, " must be finite", infinite ? " or -inf" : "", ", got ", result[row]);
   }
@@ -143,6 +147,8 @@ std::tuple<Tensor, Tensor> metropolis(const Tensor& log_ratio_in, int64_t num, i
   const int64_t n = log_ratio.size(0), steps = metropolis_steps(num, burn_in, thin);
   require(!in_order || steps <= n / chains, op, ": order 'given' needs chains * (burn_in + (num - 1) * thin + 1) = ",
           chains, " * ", steps, " samples, got ", n);
+  require(!initial || initial->numel() == 1 || static_cast<int64_t>(initial->numel()) == chains, op,
+          ": initial must hold one value, or one per chain (", chains, "), got shape ", initial ? shape_of(*initial) : "");
   const std::vector<double> start = initial ? per_row(*initial, chains, op, "initial", true) : std::vector<double>();
   const int64_t sizes[2] = {chains, num};
   Tensor out = allocate(sizes, 2, ScalarType::Long, log_ratio);
