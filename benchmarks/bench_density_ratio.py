@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import interleaved, parser, save
@@ -99,41 +100,54 @@ def compiled_steps() -> dict[str, Callable]:
     return steps
 
 
+def contenders(h: Tensor, family: str, step: Callable) -> dict[str, Callable[[], Any]]:
+    wide, out, target = h.double(), torch.empty_like(h), torch.empty_like(h)
+    return {
+        "copy": lambda: target.copy_(h),
+        "refine_ext": lambda: rx.density_ratio(h, family, output="ratio", out=out),
+        "refine_ext_fresh": lambda: rx.density_ratio(h, family, output="ratio"),
+        "eager": lambda: torch_ratio(h, family),
+        "eager_float64": lambda: torch_ratio(wide, family),
+        "compile": (lambda: step(h)) if family == "kl" else lambda: torch_ratio(h, family, step=step),
+    }
+
+
 def measure(sizes: list[int], threads: int, compiled: dict[str, Callable]) -> list[dict]:
     torch.set_num_threads(threads)
     rows = []
     for n in sizes:
         h = torch.randn(n, generator=torch.Generator().manual_seed(0))
-        wide = h.double()
-        out, target = torch.empty_like(h), torch.empty_like(h)
         for family in FAMILIES:
-            step = compiled[family]
-            contenders = {
-                "copy": lambda: target.copy_(h),
-                "refine_ext": lambda: rx.density_ratio(h, family, output="ratio", out=out),
-                "refine_ext_fresh": lambda: rx.density_ratio(h, family, output="ratio"),
-                "eager": lambda: torch_ratio(h, family),
-                "eager_float64": lambda: torch_ratio(wide, family),
-                "compile": (lambda: step(h)) if family == "kl" else lambda: torch_ratio(h, family, step=step),
-            }
-            timed = interleaved(contenders, budget=6.0)
+            timed = interleaved(contenders(h, family, compiled[family]), budget=6.0)
             errors = {
                 "refine_ext": rx.density_ratio(h, family, output="ratio").ratio.double().mean().item() - 1,
                 "eager": torch_ratio(h, family).double().mean().item() - 1,
             }
-            row = {"n": n, "threads": threads, "divergence": family, "time": timed, "mean_error": errors}
-            rows.append(row)
-            ours = timed["refine_ext"]["seconds"]
-            bytes_per_copy = (12 if family == "kl" else 16) / 8
+            rows.append({"n": n, "threads": threads, "divergence": family, "time": timed, "mean_error": errors})
+            seconds = {name: value["seconds"] for name, value in timed.items()}
+            ours = seconds["refine_ext"]
+            moved = (12 if family == "kl" else 16) / 8
             print(
                 f"n={n:<9} threads={threads} {family:18} {ours * 1e6:10.1f} us   "
-                f"copy bandwidth x{bytes_per_copy * timed['copy']['seconds'] / ours:5.2f}   "
-                f"eager x{timed['eager']['seconds'] / ours:6.1f}   f64 x{timed['eager_float64']['seconds'] / ours:6.1f}   "
-                f"compile x{timed['compile']['seconds'] / ours:6.1f}   "
+                f"copy bandwidth x{moved * seconds['copy'] / ours:5.2f}   eager x{seconds['eager'] / ours:6.1f}   "
+                f"f64 x{seconds['eager_float64'] / ours:6.1f}   compile x{seconds['compile'] / ours:6.1f}   "
                 f"mean error {errors['refine_ext']:+.1e} (eager {errors['eager']:+.1e})",
                 flush=True,
             )
     return rows
+
+
+def measure_bound(family: str) -> dict:
+    """Backward of the bound against its forward at 1e6."""
+    real, fake = torch.randn(10**6), torch.randn(10**6, requires_grad=True)
+    value = rx.variational_bound(real, fake, family)
+    return interleaved(
+        {
+            "forward": lambda: rx.variational_bound(real, fake, family),
+            "backward": lambda: torch.autograd.grad(value, fake, retain_graph=True),
+        },
+        repeats=15,
+    )
 
 
 def measure_calls() -> dict:
@@ -150,17 +164,7 @@ def measure_calls() -> dict:
         },
         repeats=50,
     )
-    real, fake = torch.randn(10**6), torch.randn(10**6, requires_grad=True)
-    bounds = {}
-    for family in ("kl", "jensen_shannon", "pearson_chi2"):
-        value = rx.variational_bound(real, fake, family)
-        bounds[family] = interleaved(
-            {
-                "forward": lambda: rx.variational_bound(real, fake, family),
-                "backward": lambda: torch.autograd.grad(value, fake, retain_graph=True),
-            },
-            repeats=15,
-        )
+    bounds = {family: measure_bound(family) for family in ("kl", "jensen_shannon", "pearson_chi2")}
     print("64 elements:", {k: f"{v['seconds'] * 1e6:.1f} us" for k, v in calls.items()})
     for family, timed in bounds.items():
         ratio = timed["backward"]["seconds"] / timed["forward"]["seconds"]

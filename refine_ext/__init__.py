@@ -1,9 +1,9 @@
 """Refine any generative model with a discriminator, and bound how well it generalises.
 
-    import refine_ext as rx
-    disc = rx.fit_discriminator(real, fake)                       # or any discriminator of yours
-    r = rx.density_ratio(disc(fake), "kl")                        # density ratios, normalised
-    refined = fake[rx.resample(r.weights, num=len(fake))]         # samples of the refined model
+import refine_ext as rx
+disc = rx.fit_discriminator(real, fake)                       # or any discriminator of yours
+r = rx.density_ratio(disc(fake), "kl")                        # density ratios, normalised
+refined = fake[rx.resample(r.weights, num=len(fake))]         # samples of the refined model
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
-from . import _C, _library, _ops
+from . import _C, _library, _ops  # noqa: F401  (loads the libraries, registers the ops)
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample

@@ -71,16 +71,12 @@ def _(grad, logit, conjugate, divergence, alpha):
 # torch differentiates.
 
 
-def _differentiate(
-    formula: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor
-) -> list[Tensor | None]:
+def _differentiate(formula: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor | None]:
     """Vector-Jacobian products of `formula` at `inputs`, themselves differentiable."""
     with torch.enable_grad():
         # Aliases: one input may itself depend on another, and only the formula's own dependence is wanted.
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        grads = torch.autograd.grad(
-            formula(*inputs), inputs, upstream, create_graph=True, allow_unused=True
-        )
+        grads = torch.autograd.grad(formula(*inputs), inputs, upstream, create_graph=True, allow_unused=True)
     return list(grads)
 
 
@@ -156,9 +152,7 @@ def _variational_bound_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _variational_bound_backward(ctx: Any, grad: Tensor, _):
     h_fake, stats = ctx.saved_tensors
     grad_real = (grad / ctx.real_shape[-1]).to(ctx.real_dtype).unsqueeze(-1).expand(ctx.real_shape)
-    grad_fake = ops.variational_bound_backward(
-        grad, h_fake, stats, ctx.tight, ctx.divergence, ctx.alpha
-    )
+    grad_fake = ops.variational_bound_backward(grad, h_fake, stats, ctx.tight, ctx.divergence, ctx.alpha)
     return grad_real, grad_fake, None, None, None
 
 
@@ -177,9 +171,7 @@ def _variational_bound_backward_setup(ctx: Any, inputs: tuple, output: Tensor) -
 def _variational_bound_double_backward(ctx: Any, upstream: Tensor):
     def formula(grad: Tensor, h_fake: Tensor) -> Tensor:
         shift = None if ctx.tight else h_fake.new_zeros((), dtype=torch.float64)
-        log_ratio, _ = ops.density_ratio(
-            h_fake, None, shift, ctx.divergence, ctx.alpha, False, False
-        )
+        log_ratio, _ = ops.density_ratio(h_fake, None, shift, ctx.divergence, ctx.alpha, False, False)
         return log_ratio.exp() * (grad / -h_fake.shape[-1]).to(h_fake.dtype).unsqueeze(-1)
 
     grads = _differentiate(formula, list(ctx.saved_tensors), upstream)
@@ -206,9 +198,7 @@ def _dual_bound_backward(ctx: Any, grad: Tensor):
     return grad_real, grad_fake, None, None
 
 
-torch.library.register_autograd(
-    "refine_ext::dual_bound", _dual_bound_backward, setup_context=_dual_bound_setup
-)
+torch.library.register_autograd("refine_ext::dual_bound", _dual_bound_backward, setup_context=_dual_bound_setup)
 
 
 def _dual_output_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -221,9 +211,7 @@ def _dual_output_backward(ctx: Any, grad: Tensor):
     return ops.dual_slope(grad, logit, False, ctx.divergence, ctx.alpha), None, None
 
 
-torch.library.register_autograd(
-    "refine_ext::dual_output", _dual_output_backward, setup_context=_dual_output_setup
-)
+torch.library.register_autograd("refine_ext::dual_output", _dual_output_backward, setup_context=_dual_output_setup)
 
 
 def _dual_slope_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -248,9 +236,7 @@ def _dual_slope_backward(ctx: Any, upstream: Tensor):
     return (*grads, None, None, None)
 
 
-torch.library.register_autograd(
-    "refine_ext::dual_slope", _dual_slope_backward, setup_context=_dual_slope_setup
-)
+torch.library.register_autograd("refine_ext::dual_slope", _dual_slope_backward, setup_context=_dual_slope_setup)
 
 # ---- autocast: ratios and losses are computed in float32 whatever the network ran in
 
@@ -273,8 +259,8 @@ def _batch(name: str) -> None:
     op = getattr(ops, name).default
 
     @torch.library.register_vmap(f"refine_ext::{name}")
-    def _(info, in_dims, *args):
-        args = [_front(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)]
+    def _(info, in_dims, *inputs):
+        args = [_front(x, d, info.batch_size) for x, d in zip(inputs, in_dims, strict=True)]
         if name == "density_ratio":
             h, base_weights, shift = args[:3]
             # One row of weights or one shift for several groups of an example: spelled out, as [B, n] would be read

@@ -30,9 +30,7 @@ def check_floating(function: str, argument: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
-        raise TypeError(
-            f"{function}: {argument} must be float64, float32, float16 or bfloat16, got {value.dtype}"
-        )
+        raise TypeError(f"{function}: {argument} must be float64, float32, float16 or bfloat16, got {value.dtype}")
     if value.numel() == 0:
         raise ValueError(f"{function}: {argument} must not be empty, got shape {list(value.shape)}")
     if value.device.type != "cpu":
@@ -78,7 +76,7 @@ class DensityRatio:
 
     def _ratio_rows(self) -> Tensor:
         if self._ratio is None:
-            self._ratio = self._log_ratio.exp()
+            self._ratio = self._log_rows().exp()
         return self._ratio
 
     @property
@@ -225,9 +223,7 @@ def density_ratio(
         reraise("density_ratio", error)
         raise
     if check and h.device.type != "cpu" and bool(stats.isnan().any()):
-        raise ValueError(
-            "density_ratio: h must hold no NaN or +inf and lie, after the shift, in the domain of f*"
-        )
+        raise ValueError("density_ratio: h must hold no NaN or +inf and lie, after the shift, in the domain of f*")
     return DensityRatio(values, stats, solve, h.shape, dim, is_ratio, base_weights)
 
 
@@ -250,9 +246,7 @@ def _shift_like(shift: float | Tensor, rows: Tensor) -> Tensor:
     try:
         value = torch.as_tensor(shift, dtype=torch.float64, device=rows.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"density_ratio: shift must be a number or a tensor, got {type(shift).__name__}"
-        ) from error
+        raise TypeError(f"density_ratio: shift must be a number or a tensor, got {type(shift).__name__}") from error
     groups = rows.shape[:-1]
     if value.numel() == 1:
         return value.reshape(())

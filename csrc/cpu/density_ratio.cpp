@@ -220,8 +220,9 @@ RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, do
 
   const double infinity = std::numeric_limits<double>::infinity();
   const double cap = family.form == Form::power ? kLargestExponent / std::fabs(family.c) : kLargestExponent;
-  ShiftSearch search{-1e-6, std::min(cap, weights_ ? infinity : std::log(static_cast<double>(n_)) + 1e-6), 0.0};
-  search.log_max = std::min(1.0, 0.5 * search.upper);
+  // From above, where one ratio holds all the mass, Newton comes down monotonically for most forms.
+  const double log_n = std::log(static_cast<double>(n_));
+  ShiftSearch search{-1e-6, std::min(cap, weights_ ? infinity : log_n + 1e-6), std::min(cap, log_n)};
   if (large) first_guess(search, scanned.maximum, block_maxima);
 
   const double tolerance = tolerance_of(problem_.storage);
@@ -253,7 +254,8 @@ RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, do
       write = true;
       continue;
     }
-    if (large && !in_place_ && output != Output::none && error < 0.05) write = true;
+    // Newton squares the error: from here the next pass is expected to confirm, and writes.
+    write = large && !in_place_ && output != Output::none && error < 4e-4;
   }
   return RatioError::not_converged;
 }
