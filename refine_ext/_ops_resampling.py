@@ -48,8 +48,7 @@ def _batch(name: str) -> None:
 
     @torch.library.register_vmap(f"refine_ext::{name}")
     def _(info, in_dims, *args):
-        args = [_front(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)]
-        output = op(*args)
+        output = op(*(_front(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)))
         return output, (0 if isinstance(output, Tensor) else (0,) * len(output))
 
 
@@ -60,9 +59,8 @@ for _name in ("resample", "rejection"):
 @torch.library.register_vmap("refine_ext::metropolis")
 def _(info, in_dims, *args):
     # The op's own batch is its chains, which share one table of ratios.
-    args = [_front(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)]
+    batched = [_front(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)]
     examples = [
-        ops.metropolis.default(*(x[i] if isinstance(x, Tensor) else x for x in args))
-        for i in range(info.batch_size)
+        ops.metropolis.default(*(x[i] if isinstance(x, Tensor) else x for x in batched)) for i in range(info.batch_size)
     ]
     return tuple(torch.stack(parts) for parts in zip(*examples, strict=True)), (0, 0)

@@ -42,9 +42,7 @@ class Metropolis(NamedTuple):
     acceptance: Tensor
 
 
-def _seed(
-    function: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
+def _seed(function: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     if seed is None:
         if generator is None:
             return torch.randint(2**63 - 1, (), device=device)
@@ -101,9 +99,9 @@ def resample(
         residual     ⌊num·p_i⌋ copies of each i, ascending, then multinomial draws from what is left; no count is below
                      ⌊num·p_i⌋.
 
-    Draw j is the first index at which the running sum of the weights exceeds t_j. The sums are exact integers, in units
-    of at most 2⁻⁵⁰ of the largest of 4096 neighbouring weights and 2⁻⁶⁰ of the total, so that weights spanning 30 orders
-    of magnitude bias nothing, and a weight of zero is never drawn. The running time is O(n + num).
+    Draw j is the first index at which the running sum of the weights exceeds t_j. The sums are exact integers, in
+    units of at most 2⁻⁴⁹ of the largest of 4096 neighbouring weights and 2⁻⁶⁰ of the total: weights spanning 30
+    orders of magnitude bias nothing, and a weight of zero is never drawn. The running time is O(n + num).
 
     Args:
         weights: non-negative, [..., n], any normalisation; float64, float32, float16 or bfloat16. Leading dimensions
@@ -161,17 +159,17 @@ def rejection(
     """Which samples of Q to keep so that the kept ones follow the refined model.
 
     gamma=None is plain rejection: keep with probability r / M. Otherwise discriminator rejection sampling:
-    keep with probability sigmoid(F), F = d − log(1 − e^(d − epsilon)) − gamma, d = log r − log M, which is r / M for gamma
-    = 0 up to epsilon; a gamma above 0 keeps fewer, below 0 more (and then closer to Q).
+    keep with probability sigmoid(F), F = d − log(1 − e^(d − epsilon)) − gamma, d = log r − log M, which is r / M
+    for gamma = 0 up to epsilon; a gamma above 0 keeps fewer, one below 0 more (and then closer to Q).
 
     Args:
         log_ratio: log r, [..., n]; float64, float32, float16 or bfloat16; −inf is never kept. Leading dimensions are
             independent rows. A constant added to all of a row changes nothing if `log_bound` has it too.
-        log_bound: log M so far, a number or one per row; M is raised to the batch's largest r. None: that largest alone.
+        log_bound: log M so far, a number or one per row; M is raised to the batch's largest r. None: that one alone.
             Carry the returned one from batch to batch.
         gamma: the shift γ, a number or one per row; None for plain rejection.
-        percentile: take γ from the batch instead: this percentile (0 to 100) of F at γ = 0, as in the paper, where 80 to 95
-            keep the acceptance rate up when few samples have a large r.
+        percentile: take γ from the batch instead: this percentile (0 to 100) of F at γ = 0, as the paper does for
+            data whose largest r dwarfs the others; a lower percentile keeps more.
         epsilon: keeps F finite at r = M.
         seed, generator: as in `resample`.
         offset: number of samples of this seed already judged: sample i uses number offset + i, so that batches
@@ -182,7 +180,8 @@ def rejection(
 
     Raises:
         TypeError: a dtype or argument type that is not supported.
-        ValueError: NaN or +inf in `log_ratio` (on CUDA those are not kept), a bound, gamma or percentile out of range.
+        ValueError: NaN or +inf in `log_ratio` (on CUDA a row that has one keeps nothing), a bound, gamma or percentile
+            out of range.
 
     Source: Azadi, Olsson, Darrell, Goodfellow, Odena, "Discriminator rejection sampling", ICLR 2019, section 3.2, (8).
 
@@ -208,9 +207,7 @@ def rejection(
         shift = None if gamma is None else _double("rejection", "gamma", gamma, device)
     key = _seed("rejection", seed, generator, device)
     try:
-        keep, new_bound, accepted = ops.rejection.default(
-            log_ratio, bound, shift, epsilon, key, offset
-        )
+        keep, new_bound, accepted = ops.rejection.default(log_ratio, bound, shift, epsilon, key, offset)
     except RuntimeError as error:
         reraise("rejection", error)
         raise
@@ -283,9 +280,9 @@ def metropolis(
         burn_in: steps before the first draw that is kept. With 0 and no `initial` that draw is a plain sample of Q.
         thin: steps from one kept draw to the next. MH-GAN keeps one draw of hundreds of steps: burn_in=640, num=1 in
             each of as many chains as samples are wanted.
-        initial: log r of a state to start from that is not among the samples, such as a real sample (MH-GAN's choice, which
-            needs no burn-in in principle): a number, or one per chain. A chain that has not left it when its first draw is
-            due takes the proposal of that step. None: a chain starts at its first proposal.
+        initial: log r of a state to start from that is not among the samples, such as a real sample (MH-GAN's
+            choice, which in principle needs no burn-in): a number, or one per chain. A chain that has not left it when
+            its first draw is due takes the proposal of that step. None: a chain starts at its first proposal.
         order: "random": each step proposes a sample drawn with replacement. "given": chain c proposes samples
             c·steps, c·steps + 1, … once each, steps = burn_in + (num − 1)·thin + 1; needs n ≥ chains · steps.
         seed, generator: as in `resample`; chain c has the numbers of its own, however many chains there are.
@@ -296,8 +293,8 @@ def metropolis(
 
     Raises:
         TypeError: a dtype or argument type that is not supported.
-        ValueError: NaN or +inf in `log_ratio` (on CUDA those are never taken), numbers out of range, too few samples for
-            "given".
+        ValueError: NaN or +inf in `log_ratio` (on CUDA nothing is checked), numbers out of range, too few samples
+            for "given".
 
     Source: Turner, Hung, Frank, Saatchi, Yosinski, "Metropolis-Hastings generative adversarial networks", ICML 2019,
     section 3.1 and algorithm 1.

@@ -110,7 +110,7 @@ def test_starts():
 
 def test_vmap_is_the_loop():
     log_ratio = torch.randn(3, 40)
-    by_vmap = torch.vmap(lambda l: rx.metropolis(l, 6, chains=2, seed=8))(log_ratio)
+    by_vmap = torch.vmap(lambda x: rx.metropolis(x, 6, chains=2, seed=8))(log_ratio)
     for r in range(3):
         assert torch.equal(by_vmap[r], rx.metropolis(log_ratio[r], 6, chains=2, seed=8))
 
@@ -147,8 +147,6 @@ def test_registrations():
 
 
 def test_compiles():
-    compiled = torch.compile(
-        lambda l: rx.metropolis(l, 5, chains=2, seed=1), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: rx.metropolis(x, 5, chains=2, seed=1), fullgraph=True, backend="aot_eager")
     log_ratio = torch.randn(100)
     assert torch.equal(compiled(log_ratio), rx.metropolis(log_ratio, 5, chains=2, seed=1))

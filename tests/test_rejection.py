@@ -80,9 +80,7 @@ def test_running_bound():
         parts.append(result.keep)
     given = rx.rejection(log_ratio, log_bound=10.0, seed=3)
     assert given.log_bound.item() == 10.0
-    pieces = [
-        rx.rejection(log_ratio[s : s + 333], log_bound=10.0, seed=3, offset=s).keep for s in (0, 333, 666, 999)
-    ]
+    pieces = [rx.rejection(log_ratio[s : s + 333], log_bound=10.0, seed=3, offset=s).keep for s in (0, 333, 666, 999)]
     assert torch.equal(torch.cat(pieces), given.keep)
     assert rx.rejection(log_ratio, log_bound=-50.0, seed=3).log_bound.item() == log_ratio.max().item()
 
@@ -111,7 +109,7 @@ def test_rows_threads_and_vmap(threads):
     assert torch.equal(one.keep, two.keep) and torch.equal(one.acceptance, two.acceptance)
     assert one.keep.shape == (4, 100_001) and one.log_bound.shape == one.acceptance.shape == (4,)
     assert torch.equal(one.keep[0], rx.rejection(log_ratio[0], seed=5).keep)
-    by_vmap = torch.vmap(lambda l: rx.rejection(l, seed=5).keep)(log_ratio[:, :500])
+    by_vmap = torch.vmap(lambda x: rx.rejection(x, seed=5).keep)(log_ratio[:, :500])
     for r in range(4):
         assert torch.equal(by_vmap[r], rx.rejection(log_ratio[r, :500], seed=5).keep)
 
@@ -161,7 +159,7 @@ def test_registrations(shape):
 
 def test_compiles():
     compiled = torch.compile(
-        lambda l: rx.rejection(l, seed=1, percentile=80.0).keep, fullgraph=True, backend="aot_eager"
+        lambda x: rx.rejection(x, seed=1, percentile=80.0).keep, fullgraph=True, backend="aot_eager"
     )
     log_ratio = torch.randn(100)
     assert torch.equal(compiled(log_ratio), rx.rejection(log_ratio, seed=1, percentile=80.0).keep)

@@ -128,9 +128,7 @@ def test_counts_are_rounded_expectations(weights, num, seed):
     total = sum(exact)
     tensor = torch.tensor(weights, dtype=torch.float64)
     systematic = torch.bincount(rx.resample(tensor, num, seed=seed), minlength=len(weights)).tolist()
-    residual = torch.bincount(
-        rx.resample(tensor, num, "residual", seed=seed), minlength=len(weights)
-    ).tolist()
+    residual = torch.bincount(rx.resample(tensor, num, "residual", seed=seed), minlength=len(weights)).tolist()
     assert sum(systematic) == sum(residual) == num
     slack = Fraction(num * len(weights), 2**49)  # the unit of the masses
     for w, s, r in zip(exact, systematic, residual, strict=True):
@@ -150,7 +148,7 @@ def test_equal_weights_are_drawn_once_each(n):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_thirty_orders_of_magnitude(method):
-    """A million weights of 1e-9 beside one of 1: a float32 running sum loses all of them, one in 1001 draws is theirs."""
+    """A million weights of 1e-9 beside one of 1: a float32 running sum loses them, one draw in 1001 is theirs."""
     weights = torch.full((1_000_001,), 1e-9)
     weights[300_000] = 1.0
     small = 1e6 * float(weights[0])
@@ -171,7 +169,7 @@ def test_thirty_orders_of_magnitude(method):
 
 
 def test_masses_bias_nothing():
-    """The running sum itself, from the positions at which draws change owner, against exact sums: 2^-50 of the total."""
+    """The integers behind the draws, which the tests above show to be the op's own, against exact sums."""
     weights = sample_weights("decades", 9000)
     boundaries = reference.cumulative(weights.tolist())
     exact = [Fraction(w) for w in weights.tolist()]

@@ -7,8 +7,8 @@
 namespace refine_ext {
 namespace {
 
-double largest_of(const ResamplingKernels& kernels, Storage storage, const void* p, int64_t begin, int64_t end,
-                  bool threaded) {
+double largest_of(const ResamplingKernels& kernels, Storage storage, const void* p, int64_t begin,
+                  int64_t end, bool threaded) {
   const int64_t ranges = (end - begin + kGrain - 1) / kGrain;
   std::vector<double> found(ranges);
   parallel_for(0, ranges, threaded ? 1 : ranges, [&](int64_t first, int64_t last) {
@@ -24,7 +24,8 @@ double largest_of(const ResamplingKernels& kernels, Storage storage, const void*
   return best;
 }
 
-// One chain. A batch of steps is prepared at once: its random numbers and proposals do not depend on the state.
+// One chain. A batch of steps is prepared at once: its random numbers and proposals do not depend on the
+// state.
 class Chain {
  public:
   Chain(const MetropolisProblem& problem, int64_t chain)
@@ -104,7 +105,8 @@ DrawReport rejection_cpu(const RejectionProblem& problem) {
     const uint64_t offset = problem.seeds.offset - static_cast<uint64_t>(begin);
     std::atomic<int64_t> accepted{0};
     parallel_for(begin, end, threaded ? kGrain : problem.n, [&](int64_t from, int64_t to) {
-      accepted += kernels.accept(problem.storage, problem.log_ratio, from, to, acceptance, sequence, offset, problem.keep);
+      accepted += kernels.accept(problem.storage, problem.log_ratio, from, to, acceptance, sequence, offset,
+                                 problem.keep);
     });
     problem.new_bound[row] = bound;
     problem.accepted[row] = accepted;
@@ -113,7 +115,8 @@ DrawReport rejection_cpu(const RejectionProblem& problem) {
 }
 
 DrawReport metropolis_cpu(const MetropolisProblem& problem) {
-  const double bound = largest_of(resampling_kernels_table(), problem.storage, problem.log_ratio, 0, problem.n, true);
+  const double bound =
+      largest_of(resampling_kernels_table(), problem.storage, problem.log_ratio, 0, problem.n, true);
   if (std::isnan(bound)) return {DrawError::invalid, 0};
   const int64_t steps = metropolis_steps(problem.num, problem.burn_in, problem.thin);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(steps, 1));
@@ -122,9 +125,15 @@ DrawReport metropolis_cpu(const MetropolisProblem& problem) {
       const Chain chain(problem, c);
       const void* p = problem.log_ratio;
       switch (problem.storage) {
-        case Storage::float64: chain.run([p](uint64_t i) { return static_cast<const double*>(p)[i]; }); break;
-        case Storage::float32: chain.run([p](uint64_t i) { return double{static_cast<const float*>(p)[i]}; }); break;
-        case Storage::float16: chain.run([p](uint64_t i) { return from_half(static_cast<const uint16_t*>(p)[i]); }); break;
+        case Storage::float64:
+          chain.run([p](uint64_t i) { return static_cast<const double*>(p)[i]; });
+          break;
+        case Storage::float32:
+          chain.run([p](uint64_t i) { return double{static_cast<const float*>(p)[i]}; });
+          break;
+        case Storage::float16:
+          chain.run([p](uint64_t i) { return from_half(static_cast<const uint16_t*>(p)[i]); });
+          break;
         case Storage::bfloat16:
           chain.run([p](uint64_t i) { return from_bfloat16(static_cast<const uint16_t*>(p)[i]); });
           break;

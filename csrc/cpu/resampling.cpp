@@ -1,25 +1,25 @@
 // Which passes to run over a row of weights, and in what order.
 //
-// One read gives every chunk's mass. Ascending methods then visit the chunks that own a draw, once more each: in all
-// 2 reads of the weights and one write of the indices. Multinomial draws come in random order: with many of them C is
-// written out beside a guide table, and each draw is two reads at random places; with few of them they are sorted.
-#include "resampling_rows.h"
-
+// One read gives every chunk's mass. Ascending methods then visit the chunks that own a draw, once more each:
+// in all 2 reads of the weights and one write of the indices. Multinomial draws come in random order: with
+// many of them C is written out beside a guide table, and each draw is two reads at random places; with few
+// of them they are sorted.
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "resampling_rows.h"
 #include "scratch.h"
 
 namespace refine_ext {
 
 namespace {
 
-constexpr int64_t kTaskDraws = 4 * kPlaced;   // of one chunk; more are shared out
-constexpr int64_t kSortedShare = 16;          // sort the draws where there are fewer than n / kSortedShare
-constexpr int64_t kLookups = 4096;            // multinomial draws of one task's step
+constexpr int64_t kTaskDraws = 4 * kPlaced;  // of one chunk; more are shared out
+constexpr int64_t kSortedShare = 16;         // sort the draws where there are fewer than n / kSortedShare
+constexpr int64_t kLookups = 4096;           // multinomial draws of one task's step
 
 class Row {
  public:
@@ -52,7 +52,9 @@ class Row {
           table_draws(table.data(), bases_, out_, problem_.num);
         }
         break;
-      case ResampleMethod::residual: residual(grid); break;
+      case ResampleMethod::residual:
+        residual(grid);
+        break;
     }
     return DrawError::none;
   }
@@ -73,7 +75,8 @@ class Row {
     std::atomic<bool> valid{true};
     over_chunks([&](int64_t c) {
       const int64_t from = begin_ + c * kDrawChunk;
-      if (!kernels_.measure(problem_.storage, problem_.log, problem_.weights, from, from + chunk_length(c), masses_[c])) {
+      if (!kernels_.measure(problem_.storage, problem_.log, problem_.weights, from, from + chunk_length(c),
+                            masses_[c])) {
         valid = false;
       }
     });
@@ -111,7 +114,8 @@ class Row {
     const bool systematic = draws.method == ResampleMethod::systematic;
     const uint64_t quotient = grid.total / grid.num, remainder = grid.total % grid.num;
     const Wide origin = static_cast<Wide>(first) * grid.total + (systematic ? draws.start : 0);
-    uint64_t position = static_cast<uint64_t>(origin / grid.num), carry = static_cast<uint64_t>(origin % grid.num);
+    uint64_t position = static_cast<uint64_t>(origin / grid.num),
+             carry = static_cast<uint64_t>(origin % grid.num);
     const auto advance = [&] {
       carry += remainder;
       const bool wrap = carry >= grid.num;
@@ -133,9 +137,10 @@ class Row {
     }
   }
 
-  // Indices of all ascending draws. bases: C before each chunk and after the last; table: C, or nullptr to make it
-  // chunk by chunk.
-  void ascending(const Ascending& draws, const std::vector<uint64_t>& bases, const uint64_t* table, int64_t* out) const {
+  // Indices of all ascending draws. bases: C before each chunk and after the last; table: C, or nullptr to
+  // make it chunk by chunk.
+  void ascending(const Ascending& draws, const std::vector<uint64_t>& bases, const uint64_t* table,
+                 int64_t* out) const {
     struct Task {
       int64_t chunk;
       uint64_t first, last;
@@ -168,7 +173,8 @@ class Row {
           }
           position[part] = position[part + 1] = UINT64_MAX;
           const uint64_t base = bases[task.chunk];
-          kernels_.place(bounds, elements, base, draws.grid.place(base, j), rate, position, part, index, to_out);
+          kernels_.place(bounds, elements, base, draws.grid.place(base, j), rate, position, part, index,
+                         to_out);
         }
       }
     });
@@ -188,7 +194,8 @@ class Row {
     std::vector<int64_t> starts;  // the first draw of each chunk that has one, then num
     std::vector<int64_t> owners;
     for (int64_t j = 0; j < num;) {
-      const auto chunk = std::upper_bound(bases_.begin() + 1, bases_.end(), draws[j].first) - (bases_.begin() + 1);
+      const auto chunk =
+          std::upper_bound(bases_.begin() + 1, bases_.end(), draws[j].first) - (bases_.begin() + 1);
       owners.push_back(chunk);
       starts.push_back(j);
       while (j < num && draws[j].first < bases_[chunk + 1]) ++j;
@@ -207,23 +214,29 @@ class Row {
     });
   }
 
-  // Draws at mulhi(U_j, T) among the boundaries of a table. The guide holds the first index beyond every multiple of
-  // 2^shift: from there one step in the mean, whatever the weights, because positions are uniform.
-  void table_draws(const uint64_t* table, const std::vector<uint64_t>& bases, int64_t* out, int64_t num) const {
+  // Draws at mulhi(U_j, T) among the boundaries of a table. The guide holds the first index beyond every
+  // multiple of 2^shift: from there one step in the mean, whatever the weights, because positions are
+  // uniform.
+  void table_draws(const uint64_t* table, const std::vector<uint64_t>& bases, int64_t* out,
+                   int64_t num) const {
     const uint64_t total = bases.back();
-    const int shift = std::max(0, bit_length(total) - std::max(1, bit_length(static_cast<uint64_t>(problem_.n)) - 1));
+    const int shift =
+        std::max(0, bit_length(total) - std::max(1, bit_length(static_cast<uint64_t>(problem_.n)) - 1));
     const uint64_t buckets = ((total - 1) >> shift) + 1;
     Scratch<int64_t> guide(static_cast<int64_t>(buckets));
-    ascending({{buckets << shift, buckets}, ResampleMethod::systematic, 0, sequence_, 0}, bases, table, guide.data());
+    ascending({{buckets << shift, buckets}, ResampleMethod::systematic, 0, sequence_, 0}, bases, table,
+              guide.data());
     parallel_for(0, num, threaded_ ? 4 * kLookups : num, [&](int64_t from, int64_t to) {
       constexpr int64_t kAhead = 32;  // misses in flight
       alignas(64) uint64_t position[kLookups];
       int64_t index[kAhead];
       for (int64_t part = from; part < to; part += kLookups) {
         const int64_t length = std::min(kLookups, to - part);
-        kernels_.random_numbers(sequence_, problem_.seeds.offset + static_cast<uint64_t>(part), length, position);
+        kernels_.random_numbers(sequence_, problem_.seeds.offset + static_cast<uint64_t>(part), length,
+                                position);
         for (int64_t k = 0; k < length; ++k) position[k] = mulhi(position[k], total);
-        for (int64_t k = 0; k < std::min(kAhead, length); ++k) __builtin_prefetch(guide.data() + (position[k] >> shift));
+        for (int64_t k = 0; k < std::min(kAhead, length); ++k)
+          __builtin_prefetch(guide.data() + (position[k] >> shift));
         for (int64_t batch = 0; batch < length; batch += kAhead) {
           const int64_t size = std::min(kAhead, length - batch);
           for (int64_t k = 0; k < size; ++k) {

@@ -1,12 +1,11 @@
-// Chunk kernels of the resampling family, compiled once per instruction set and without contraction into fused
-// multiply-adds (csrc/math/reproducible.h). Weights are widened to float64 chunk by chunk; the loops over them are plain
-// and left to the vectoriser.
-#include "resampling.h"
-
+// Chunk kernels of the resampling family, compiled once per instruction set and without contraction into
+// fused multiply-adds (csrc/math/reproducible.h). Weights are widened to float64 chunk by chunk; the loops
+// over them are plain and left to the vectoriser.
 #include <algorithm>
 #include <cstring>
 
 #include "philox_simd.h"
+#include "resampling.h"
 
 namespace refine_ext::REFINE_EXT_ISA {
 namespace {
@@ -31,20 +30,30 @@ void widen_from(const T* p, int64_t n, double* out) {
 // [begin, end) as float64, in `buffer` or where they are.
 const double* widen(Storage storage, const void* p, int64_t begin, int64_t end, double* buffer) {
   switch (storage) {
-    case Storage::float64: return static_cast<const double*>(p) + begin;
-    case Storage::float32: widen_from(static_cast<const float*>(p) + begin, end - begin, buffer); break;
-    case Storage::float16: widen_from(static_cast<const Half*>(p) + begin, end - begin, buffer); break;
-    case Storage::bfloat16: widen_from(static_cast<const BFloat16*>(p) + begin, end - begin, buffer); break;
+    case Storage::float64:
+      return static_cast<const double*>(p) + begin;
+    case Storage::float32:
+      widen_from(static_cast<const float*>(p) + begin, end - begin, buffer);
+      break;
+    case Storage::float16:
+      widen_from(static_cast<const Half*>(p) + begin, end - begin, buffer);
+      break;
+    case Storage::bfloat16:
+      widen_from(static_cast<const BFloat16*>(p) + begin, end - begin, buffer);
+      break;
   }
   return buffer;
 }
 
-// Integers that are ordered as the floats are: -NaN < -inf < ... < inf < NaN. Comparing floats would not vectorise.
+// Integers that are ordered as the floats are: -NaN < -inf < ... < inf < NaN. Comparing floats would not
+// vectorise.
 REFINE_EXT_INLINE int64_t ordered(double x) {
   const int64_t bits = std::bit_cast<int64_t>(x + 0.0);  // -0 becomes 0
   return bits ^ ((bits >> 63) & INT64_MAX);
 }
-REFINE_EXT_INLINE double from_ordered(int64_t key) { return std::bit_cast<double>(key ^ ((key >> 63) & INT64_MAX)); }
+REFINE_EXT_INLINE double from_ordered(int64_t key) {
+  return std::bit_cast<double>(key ^ ((key >> 63) & INT64_MAX));
+}
 
 struct Extremes {
   int64_t lowest = INT64_MAX, highest = INT64_MIN;
@@ -78,12 +87,13 @@ bool measure(Storage storage, bool log, const void* p, int64_t begin, int64_t en
   chunk = {0, 0};
   if (largest == (log ? -infinity : 0.0)) return true;
   chunk.exponent = log ? log_exponent_above(largest) : exponent_above(largest);
-  chunk.sum = log ? sum_of(weights, n, LogMass(chunk.exponent)) : sum_of(weights, n, LinearMass(chunk.exponent));
+  chunk.sum =
+      log ? sum_of(weights, n, LogMass(chunk.exponent)) : sum_of(weights, n, LinearMass(chunk.exponent));
   return true;
 }
 
-void boundaries(Storage storage, bool log, const void* p, int64_t begin, int64_t end, int64_t exponent, int64_t unit,
-                uint64_t base, uint64_t* out) {
+void boundaries(Storage storage, bool log, const void* p, int64_t begin, int64_t end, int64_t exponent,
+                int64_t unit, uint64_t base, uint64_t* out) {
   alignas(64) double buffer[kDrawChunk];
   const double* weights = widen(storage, p, begin, end, buffer);
   const int64_t n = end - begin, shift = exponent - unit;
@@ -104,8 +114,8 @@ void boundaries(Storage storage, bool log, const void* p, int64_t begin, int64_t
   }
 }
 
-// Without a branch on the data: how many positions lie below each boundary, by the place that arithmetic predicts and two
-// comparisons; each element's index at its first position; a running maximum fills the rest.
+// Without a branch on the data: how many positions lie below each boundary, by the place that arithmetic
+// predicts and two comparisons; each element's index at its first position; a running maximum fills the rest.
 void place(const uint64_t* bounds, int64_t elements, uint64_t base, double origin, double rate,
            const uint64_t* positions, int64_t draws, int64_t first_index, int64_t* out) {
   alignas(64) int32_t below[kDrawChunk];
@@ -141,7 +151,8 @@ double largest(Storage storage, const void* p, int64_t begin, int64_t end) {
     all.highest = std::max(all.highest, found.highest);
   }
   const double infinity = std::numeric_limits<double>::infinity();
-  if (all.highest >= ordered(infinity) || all.lowest < ordered(-infinity)) return std::numeric_limits<double>::quiet_NaN();
+  if (all.highest >= ordered(infinity) || all.lowest < ordered(-infinity))
+    return std::numeric_limits<double>::quiet_NaN();
   return from_ordered(all.highest);
 }
 
@@ -163,7 +174,8 @@ int64_t accept(Storage storage, const void* p, int64_t begin, int64_t end, const
   return kept;
 }
 
-void steps(const PhiloxSequence& sequence, uint64_t first, int64_t count, uint64_t* proposal, double* log_unit) {
+void steps(const PhiloxSequence& sequence, uint64_t first, int64_t count, uint64_t* proposal,
+           double* log_unit) {
   constexpr int64_t kPart = 512;
   alignas(64) uint64_t bits[kPart];
   for (int64_t at = 0; at < count; at += kPart) {
@@ -176,6 +188,7 @@ void steps(const PhiloxSequence& sequence, uint64_t first, int64_t count, uint64
 }  // namespace
 
 extern const ResamplingKernels resampling_kernels;
-const ResamplingKernels resampling_kernels{measure, boundaries, random_numbers, place, largest, accept, steps};
+const ResamplingKernels resampling_kernels{measure, boundaries, random_numbers, place,
+                                           largest, accept,     steps};
 
 }  // namespace refine_ext::REFINE_EXT_ISA

@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a bijection of
-// 128-bit counters under a 64-bit key. Stateless: what a draw gets depends on its counter and the seed only, so the bits
-// are the same on CPU and GPU, for any number of threads and any batch.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a
+// bijection of 128-bit counters under a 64-bit key. Stateless: what a draw gets depends on its counter and
+// the seed only, so the bits are the same on CPU and GPU, for any number of threads and any batch.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,8 @@ REFINE_EXT_INLINE PhiloxBlock<Word> philox4x32(PhiloxBlock<Word> counter, uint32
   return counter;
 }
 
-// A sequence of blocks: key = seed, counter = (block, sequence, stream) from the lowest word up; of the sequence number
-// (a row, a chain) the counter holds 56 bits.
+// A sequence of blocks: key = seed, counter = (block, sequence, stream) from the lowest word up; of the
+// sequence number (a row, a chain) the counter holds 56 bits.
 struct PhiloxSequence {
   uint64_t seed;
   uint64_t sequence;
