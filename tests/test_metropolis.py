@@ -21,7 +21,7 @@ def chain(log_ratio, num, burn_in, thin, seed, c, initial=None, given=False):
     for s in range(steps):
         low, high = reference.block(seed, c, reference.METROPOLIS, s)
         proposal = c * steps + s if given else low * len(log_ratio) >> 64
-        u = ((high >> 11) + 1) / 2**53
+        u = 1 - (high >> 12) / 2**52
         if current is None:
             state, current = proposal, log_ratio[proposal]
         elif u <= math.exp(min(0.0, log_ratio[proposal] - current)):

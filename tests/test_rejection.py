@@ -21,7 +21,7 @@ def decisions(log_ratio, bound, gamma, epsilon, seed, offset=0, row=0):
     with mp.workdps(50):
         for i, value in enumerate(log_ratio):
             bits = reference.number(seed, offset + i, row, reference.REJECTION)
-            u = mpf(bits >> 11) / mpf(2) ** 53
+            u = mpf(bits >> 12) / mpf(2) ** 52
             if value == -math.inf:
                 keep.append(False)
                 continue

@@ -97,9 +97,9 @@ DrawReport rejection_cpu(const RejectionProblem& problem) {
     double bound = largest_of(kernels, problem.storage, problem.log_ratio, begin, end, threaded);
     if (std::isnan(bound)) return DrawError::invalid;
     if (problem.log_bound) bound = std::max(bound, problem.log_bound[row]);
-    const bool plain = problem.gamma == nullptr;
-    const Acceptance acceptance{bound, plain ? 0.0 : reproducible_exp(problem.gamma[row]),
-                                reproducible_exp(-problem.epsilon), plain};
+    const Acceptance acceptance = problem.gamma
+                                      ? Acceptance::shifted(bound, problem.gamma[row], problem.epsilon)
+                                      : Acceptance::plain(bound);
     const PhiloxSequence sequence = problem.seeds.sequence(row, Stream::rejection);
     // Number offset + i belongs to sample i of the row, wherever the row begins.
     const uint64_t offset = problem.seeds.offset - static_cast<uint64_t>(begin);

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kTaskDraws = 4 * kPlaced;  // of one chunk; more are shared out
 constexpr int64_t kSortedShare = 16;         // sort the draws where there are fewer than n / kSortedShare
+constexpr int64_t kPadding = 4;              // beyond every position, at the end of a table
 constexpr int64_t kLookups = 4096;           // multinomial draws of one task's step
 
 class Row {
@@ -47,7 +48,7 @@ class Row {
         if (problem_.num < problem_.n / kSortedShare) {
           sorted_draws(grid.total);
         } else {
-          Scratch<uint64_t> table(problem_.n);
+          Scratch<uint64_t> table(problem_.n + kPadding);
           over_chunks([&](int64_t c) { chunk_boundaries(c, table.data() + c * kDrawChunk); });
           table_draws(table.data(), bases_, out_, problem_.num);
         }
@@ -107,36 +108,6 @@ class Row {
                         masses_[c].exponent, unit_, bases_[c], out);
   }
 
-  // Positions of draws [first, first + count).
-  void positions(const Ascending& draws, uint64_t first, int64_t count, uint64_t* out) const {
-    // t_j by adding: total = quotient num + remainder, and one more whenever the remainders amount to num.
-    const Grid& grid = draws.grid;
-    const bool systematic = draws.method == ResampleMethod::systematic;
-    const uint64_t quotient = grid.total / grid.num, remainder = grid.total % grid.num;
-    const Wide origin = static_cast<Wide>(first) * grid.total + (systematic ? draws.start : 0);
-    uint64_t position = static_cast<uint64_t>(origin / grid.num),
-             carry = static_cast<uint64_t>(origin % grid.num);
-    const auto advance = [&] {
-      carry += remainder;
-      const bool wrap = carry >= grid.num;
-      carry -= wrap ? grid.num : 0;
-      return position + quotient + wrap;
-    };
-    if (systematic) {
-      for (int64_t k = 0; k < count; ++k) {
-        out[k] = position;
-        position = advance();
-      }
-      return;
-    }
-    kernels_.random_numbers(draws.sequence, draws.offset + first, count, out);
-    for (int64_t k = 0; k < count; ++k) {
-      const uint64_t next = advance();
-      out[k] = position + mulhi(out[k], next - position);
-      position = next;
-    }
-  }
-
   // Indices of all ascending draws. bases: C before each chunk and after the last; table: C, or nullptr to
   // make it chunk by chunk.
   void ascending(const Ascending& draws, const std::vector<uint64_t>& bases, const uint64_t* table,
@@ -165,7 +136,7 @@ class Row {
         if (!table && (k == from || tasks[k - 1].chunk != task.chunk)) chunk_boundaries(task.chunk, made);
         for (uint64_t j = task.first; j < task.last; j += kPlaced) {
           const int64_t part = static_cast<int64_t>(std::min<uint64_t>(kPlaced, task.last - j));
-          positions(draws, j, part, position);
+          kernels_.positions(draws, j, part, position);
           int64_t* to_out = out + j;
           if (part * 32 < elements) {
             for (int64_t i = 0; i < part; ++i) to_out[i] = index + owner(bounds, elements, position[i]);
@@ -217,9 +188,9 @@ class Row {
   // Draws at mulhi(U_j, T) among the boundaries of a table. The guide holds the first index beyond every
   // multiple of 2^shift: from there one step in the mean, whatever the weights, because positions are
   // uniform.
-  void table_draws(const uint64_t* table, const std::vector<uint64_t>& bases, int64_t* out,
-                   int64_t num) const {
+  void table_draws(uint64_t* table, const std::vector<uint64_t>& bases, int64_t* out, int64_t num) const {
     const uint64_t total = bases.back();
+    std::fill_n(table + problem_.n, kPadding, UINT64_MAX);
     const int shift =
         std::max(0, bit_length(total) - std::max(1, bit_length(static_cast<uint64_t>(problem_.n)) - 1));
     const uint64_t buckets = ((total - 1) >> shift) + 1;
@@ -248,7 +219,11 @@ class Row {
           }
           for (int64_t k = 0; k < size; ++k) {
             int64_t i = index[k];
-            while (table[i] <= position[batch + k]) ++i;
+            // Four at a time: where the run ends is not to be predicted.
+            for (int passed = 4; passed == 4; i += passed) {
+              const uint64_t t = position[batch + k];
+              passed = (table[i] <= t) + (table[i + 1] <= t) + (table[i + 2] <= t) + (table[i + 3] <= t);
+            }
             out[part + batch + k] = i;
           }
         }
@@ -257,7 +232,7 @@ class Row {
   }
 
   void residual(const Grid& grid) const {
-    Scratch<uint64_t> table(problem_.n);
+    Scratch<uint64_t> table(problem_.n + kPadding);
     const double rate = static_cast<double>(grid.num) / static_cast<double>(grid.total);
     const auto for_each_mass = [&](int64_t c, auto&& f) {
       uint64_t before = bases_[c];

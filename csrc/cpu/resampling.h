@@ -18,6 +18,8 @@ struct ResamplingKernels {
                      int64_t unit, uint64_t base, uint64_t* out);
   // Numbers [first, first + count) of a sequence, two to a Philox block.
   void (*random_numbers)(const PhiloxSequence&, uint64_t first, int64_t count, uint64_t* out);
+  // Positions of draws [first, first + count), count at most kPlaced.
+  void (*positions)(const Ascending&, uint64_t first, int64_t count, uint64_t* out);
   // For `draws` ascending positions, the indices first_index + i of the elements that own them. Position k
   // must lie near the element boundary c with origin + (c - base) * rate = k: at most one place off.
   void (*place)(const uint64_t* boundaries, int64_t elements, uint64_t base, double origin, double rate,

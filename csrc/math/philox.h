@@ -28,7 +28,11 @@ template <class Word>
 REFINE_EXT_INLINE PhiloxBlock<Word> philox4x32(PhiloxBlock<Word> counter, uint32_t key0, uint32_t key1) {
   constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;  // golden ratio, sqrt(3) - 1
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     Word high0, low0, high1, low1;
     multiply_wide(counter.word[0], kMultiplier0, high0, low0);
