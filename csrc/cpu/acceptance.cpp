@@ -40,8 +40,7 @@ class Chain {
     constexpr int64_t kBatch = 512;
     alignas(64) uint64_t proposal[kBatch];
     alignas(64) double log_unit[kBatch], proposed[kBatch];
-    const bool free_start = problem_.initial == nullptr;
-    double current = free_start ? 0.0 : problem_.initial[chain_];
+    double current = problem_.initial ? problem_.initial[chain_] : 0.0;
     int64_t state = -1, accepted = 0, drawn = 0, due = problem_.burn_in;
     int64_t* out = problem_.out + chain_ * problem_.num;
     for (int64_t first = 0; first < steps_; first += kBatch) {
@@ -52,16 +51,24 @@ class Chain {
                                         : mulhi(proposal[k], static_cast<uint64_t>(problem_.n));
       }
       for (int64_t k = 0; k < count; ++k) proposed[k] = load(proposal[k]);
+      if (first == 0 && !problem_.initial) {
+        // Taken whatever its ratio; compared with itself below, which must not count.
+        state = static_cast<int64_t>(proposal[0]);
+        current = proposed[0];
+        accepted -= metropolis_accepts(log_unit[0], current, current);
+      }
       for (int64_t k = 0; k < count; ++k) {
-        const int64_t step = first + k;
-        const bool take = metropolis_accepts(log_unit[k], proposed[k], current);
-        const bool forced = state < 0 && (free_start || step == problem_.burn_in);
-        accepted += take && !(free_start && step == 0);
-        if (take || forced) {
-          state = static_cast<int64_t>(proposal[k]);
-          current = proposed[k];
-        }
-        if (step == due) {
+        // By masks: a branch on what chance decides is mispredicted as often as not.
+        const int64_t take = -static_cast<int64_t>(metropolis_accepts(log_unit[k], proposed[k], current));
+        state ^= (state ^ static_cast<int64_t>(proposal[k])) & take;
+        const int64_t bits = std::bit_cast<int64_t>(current);
+        current = std::bit_cast<double>(bits ^ ((bits ^ std::bit_cast<int64_t>(proposed[k])) & take));
+        accepted -= take;
+        if (first + k == due) {
+          if (state < 0) {
+            state = static_cast<int64_t>(proposal[k]);
+            current = proposed[k];
+          }
           out[drawn++] = state;
           due += problem_.thin;
         }
