@@ -45,13 +45,8 @@ class Row {
         break;
       }
       case ResampleMethod::multinomial:
-        if (problem_.num < problem_.n / kSortedShare) {
-          sorted_draws(grid.total);
-        } else {
-          Scratch<uint64_t> table(problem_.n + kPadding);
-          over_chunks([&](int64_t c) { chunk_boundaries(c, table.data() + c * kDrawChunk); });
-          table_draws(table.data(), bases_, out_, problem_.num);
-        }
+        random_draws(bases_, out_, problem_.num,
+                     [this](int64_t c, uint64_t* out) { chunk_boundaries(c, out); });
         break;
       case ResampleMethod::residual:
         residual(grid);
@@ -155,21 +150,33 @@ class Row {
     return std::upper_bound(bounds, bounds + elements, position) - bounds;
   }
 
-  void sorted_draws(uint64_t total) const {
-    const int64_t num = problem_.num;
+  // Multinomial draws; boundaries(c, out) makes C of a chunk.
+  template <class F>
+  void random_draws(const std::vector<uint64_t>& bases, int64_t* out, int64_t num, F&& boundaries) const {
+    if (num < problem_.n / kSortedShare) {
+      sorted_draws(bases, out, num, boundaries);
+      return;
+    }
+    Scratch<uint64_t> table(problem_.n + kPadding);
+    over_chunks([&](int64_t c) { boundaries(c, table.data() + c * kDrawChunk); });
+    table_draws(table.data(), bases, out, num);
+  }
+
+  template <class F>
+  void sorted_draws(const std::vector<uint64_t>& bases, int64_t* out, int64_t num, F&& boundaries) const {
     std::vector<uint64_t> bits(num);
     kernels_.random_numbers(sequence_, problem_.seeds.offset, num, bits.data());
     std::vector<std::pair<uint64_t, int64_t>> draws(num);
-    for (int64_t j = 0; j < num; ++j) draws[j] = {mulhi(bits[j], total), j};
+    for (int64_t j = 0; j < num; ++j) draws[j] = {mulhi(bits[j], bases.back()), j};
     std::sort(draws.begin(), draws.end());
     std::vector<int64_t> starts;  // the first draw of each chunk that has one, then num
     std::vector<int64_t> owners;
     for (int64_t j = 0; j < num;) {
       const auto chunk =
-          std::upper_bound(bases_.begin() + 1, bases_.end(), draws[j].first) - (bases_.begin() + 1);
+          std::upper_bound(bases.begin() + 1, bases.end(), draws[j].first) - (bases.begin() + 1);
       owners.push_back(chunk);
       starts.push_back(j);
-      while (j < num && draws[j].first < bases_[chunk + 1]) ++j;
+      while (j < num && draws[j].first < bases[chunk + 1]) ++j;
     }
     starts.push_back(num);
     const int64_t count = static_cast<int64_t>(owners.size());
@@ -177,9 +184,9 @@ class Row {
       alignas(64) uint64_t bounds[kDrawChunk];
       for (int64_t k = from; k < to; ++k) {
         const int64_t c = owners[k];
-        chunk_boundaries(c, bounds);
+        boundaries(c, bounds);
         for (int64_t j = starts[k]; j < starts[k + 1]; ++j) {
-          out_[draws[j].second] = c * kDrawChunk + owner(bounds, chunk_length(c), draws[j].first);
+          out[draws[j].second] = c * kDrawChunk + owner(bounds, chunk_length(c), draws[j].first);
         }
       }
     });
@@ -231,39 +238,61 @@ class Row {
     });
   }
 
-  void residual(const Grid& grid) const {
-    Scratch<uint64_t> table(problem_.n + kPadding);
-    const double rate = static_cast<double>(grid.num) / static_cast<double>(grid.total);
-    const auto for_each_mass = [&](int64_t c, auto&& f) {
-      uint64_t before = bases_[c];
-      uint64_t* bounds = table.data() + c * kDrawChunk;
-      for (int64_t i = 0; i < chunk_length(c); ++i) {
-        const uint64_t boundary = bounds[i], mass = boundary - before;
-        before = boundary;
-        f(bounds[i], c * kDrawChunk + i, static_cast<int64_t>(certain_copies(mass, grid, rate)));
+  // Calls f(i, copies) for the elements of a chunk, given their boundaries, and returns the sum of the
+  // copies.
+  template <class F>
+  int64_t certain_in(int64_t c, const Grid& grid, double rate, uint64_t* bounds, F&& f) const {
+    chunk_boundaries(c, bounds);
+    uint64_t before = bases_[c];
+    int64_t sum = 0;
+    for (int64_t i = 0; i < chunk_length(c); ++i) {
+      const uint64_t mass = bounds[i] - before;
+      before = bounds[i];
+      // Exact arithmetic only where a rounding could have crossed an integer.
+      const double expected = static_cast<double>(static_cast<int64_t>(mass)) * rate;
+      int64_t copies = static_cast<int64_t>(expected);
+      const double rest = expected - static_cast<double>(copies);
+      if ((rest < 0x1p-10 && copies > 0) || rest > 1.0 - 0x1p-10) {
+        copies = static_cast<int64_t>(certain_copies(mass, grid, rate));
       }
-    };
+      sum += copies;
+      f(i, copies);
+    }
+    return sum;
+  }
+
+  void residual(const Grid& grid) const {
+    const double rate = static_cast<double>(grid.num) / static_cast<double>(grid.total);
     std::vector<int64_t> certain(chunks_ + 1, 0);  // copies before each chunk
     over_chunks([&](int64_t c) {
-      chunk_boundaries(c, table.data() + c * kDrawChunk);
-      for_each_mass(c, [&](uint64_t&, int64_t, int64_t copies) { certain[c + 1] += copies; });
+      alignas(64) uint64_t bounds[kDrawChunk];
+      certain[c + 1] = certain_in(c, grid, rate, bounds, [](int64_t, int64_t) {});
     });
     for (int64_t c = 0; c < chunks_; ++c) certain[c + 1] += certain[c];
     const Remainder remainder(grid, static_cast<uint64_t>(certain.back()));
-    over_chunks([&](int64_t c) {
+    // Writes the copies of a chunk, and makes its boundaries those of the remainder.
+    const auto settle = [&](int64_t c, uint64_t* bounds) {
       int64_t at = certain[c];
-      for_each_mass(c, [&](uint64_t& boundary, int64_t index, int64_t copies) {
-        std::fill_n(out_ + at, copies, index);
+      certain_in(c, grid, rate, bounds, [&](int64_t i, int64_t copies) {
+        for (int64_t k = 0; k < copies; ++k) out_[at + k] = c * kDrawChunk + i;
         at += copies;
-        boundary = remainder.boundary(boundary, static_cast<uint64_t>(at));
+        bounds[i] = remainder.boundary(bounds[i], static_cast<uint64_t>(at));
       });
-    });
-    if (remainder.draws == 0) return;
+    };
+    const int64_t draws = static_cast<int64_t>(remainder.draws);
+    if (draws < problem_.n / kSortedShare || draws == 0) {
+      // random_draws will settle the chunks that are drawn from only.
+      over_chunks([&](int64_t c) {
+        alignas(64) uint64_t bounds[kDrawChunk];
+        if (certain[c + 1] > certain[c]) settle(c, bounds);
+      });
+    }
+    if (draws == 0) return;
     std::vector<uint64_t> bases(chunks_ + 1);
     for (int64_t c = 0; c <= chunks_; ++c) {
       bases[c] = remainder.boundary(bases_[c], static_cast<uint64_t>(certain[c]));
     }
-    table_draws(table.data(), bases, out_ + certain.back(), static_cast<int64_t>(remainder.draws));
+    random_draws(bases, out_ + certain.back(), draws, settle);
   }
 
   const ResampleProblem& problem_;
