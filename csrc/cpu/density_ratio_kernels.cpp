@@ -398,8 +398,9 @@ void backward_sums_range(const T* grad, const T* log_ratio, const T* weights, in
                       share = A::select(share == zero, zero, share * c);
                       if (weights) share = A::select(x[2] > zero, share * x[2], zero);
                       const VecMask<S> inside = first_lanes<S>(count);
-                      // A clipped or excluded sample passes nothing on, whatever its upstream gradient (inf * 0).
-                      const V moved = A::select(c == zero, zero, c * x[0]);
+                      // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither does one of
+                      // weight zero outside the domain, whose log r is NaN, unless it is asked for.
+                      const V moved = A::select(x[0] == zero, zero, A::select(c == zero, zero, c * x[0]));
                       through = through + A::select(inside, moved, zero);
                       slope = slope + A::select(inside, share, zero);
                       return zero;
@@ -419,8 +420,9 @@ void backward_range(const T* grad, const T* log_ratio, const T* weights, T* out,
   for_elements<T>(begin, end, inputs, weights ? 3 : 2, out, [&](const V* x, int64_t) {
     const V c = factor_at<kForm>(family, x[1]);
     V share = A::exp(x[1]) * scale;
-    if (weights) share = share * x[2];
-    return A::select(c == zero, zero, c * (x[0] + share));
+    if (weights) share = A::select(x[2] > zero, share * x[2], zero);
+    const V total = x[0] + share;
+    return A::select(total == zero, zero, A::select(c == zero, zero, c * total));
   });
 }
 
