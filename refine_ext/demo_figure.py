@@ -39,8 +39,8 @@ def draw_demo(result: DemoResult) -> Figure:
     axes = bottom.subplots(1, len(TITLES))
     plural = "" if len(result.seeds) == 1 else "s"
     bottom.suptitle(
-        f"Held-out measures, {len(result.seeds)} seed{plural} (lines: the seeds, bars: standard error, "
-        "dashed: weights that know every fault)",
+        f"Held-out measures, {len(result.seeds)} seed{plural} (lines: the seeds, "
+        "bars: standard error, dashed: weights that know every fault)",
         fontsize=11,
         color="0.3",
     )

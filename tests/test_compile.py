@@ -13,8 +13,7 @@ import refine_ext as rx
 from refine_ext.divergence import parse_divergence
 
 ops = torch.ops.refine_ext
-FAMILY = ("kl", "gan", "pearson_chi2", "jeffreys", "alpha:0.3")
-STATS = 8
+FAMILY = ("kl", "gan", "pearson_chi2", "jeffreys")  # one of each form of backward formula
 
 
 def tracked(*shape: int, name: str = "kl", dtype=torch.float64) -> torch.Tensor:
@@ -22,22 +21,18 @@ def tracked(*shape: int, name: str = "kl", dtype=torch.float64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_density_ratio(name, dtype):
+def test_opcheck_density_ratio(name):
     code = parse_divergence("test", name)
-    for h in (tracked(7, name=name, dtype=dtype), tracked(3, 5, name=name, dtype=dtype)):
-        w = torch.rand(h.shape[-1]).to(dtype) + 0.1
-        full = torch.rand(h.shape).to(dtype) + 0.1
-        shift = torch.full(h.shape[:-1], 0.25, dtype=torch.float64)
-        for weights in (None, w, full):
-            for given in (None, shift):
-                opcheck(ops.density_ratio.default, (h, weights, given, *code, False, True))
-        opcheck(ops.density_ratio.default, (h.detach(), w, None, *code, True, False))
-        opcheck(
-            ops.density_ratio_out.default,
-            (h.detach(), None, None, *code, False, True),
-            {"out": torch.empty_like(h.detach())},
-        )
+    for shape, dtype in (((7,), torch.float64), ((3, 5), torch.float32), ((2, 2, 3), torch.bfloat16)):
+        h = tracked(*shape, name=name, dtype=dtype)
+        shared, full = torch.rand(shape[-1]).to(dtype) + 0.1, torch.rand(shape).to(dtype) + 0.1
+        shift = torch.full(shape[:-1], 0.25, dtype=torch.float64)
+        for weights, given in ((None, None), (shared, shift), (full, None)):
+            opcheck(ops.density_ratio.default, (h, weights, given, *code, False, True))
+        h = h.detach()
+        opcheck(ops.density_ratio.default, (h, shared, None, *code, True, False))
+        arguments = (h, None, None, *code, False, True)
+        opcheck(ops.density_ratio_out.default, arguments, {"out": torch.empty_like(h)})
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -55,9 +50,9 @@ def test_opcheck_backward_of_density_ratio(name):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_opcheck_bounds(name, dtype):
+def test_opcheck_bounds(name):
     code = parse_divergence("test", name)
+    dtype = torch.float32 if name == "gan" else torch.float64
     real, fake = tracked(2, 5, name=name, dtype=dtype), tracked(2, 6, name=name, dtype=dtype)
     for tight in (True, False):
         opcheck(ops.variational_bound.default, (real, fake, tight, *code))
@@ -91,11 +86,14 @@ def refine(h, w=None, dim=None):
     return r.log_ratio, r.ratio, r.weights, r.shift, r.ess, r.max_weight, r.log_normalizer
 
 
-@pytest.mark.parametrize("dim", [None, 0, -1])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_density_ratio(dim, dynamic):
+# Inductor's C++ takes seconds a graph; the graph itself is the same with "aot_eager".
+@pytest.mark.parametrize(
+    ("dim", "dynamic", "backend"),
+    [(None, False, "inductor"), (0, True, "aot_eager"), (-1, True, "aot_eager"), (-1, False, "aot_eager")],
+)
+def test_compiled_density_ratio(dim, dynamic, backend):
     torch._dynamo.reset()
-    compiled = torch.compile(refine, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(refine, fullgraph=True, dynamic=dynamic, backend=backend)
     for shape in ((6, 8), (5, 9)):
         h = torch.randn(shape)
         for got, want in zip(compiled(h, dim=dim), refine(h, dim=dim), strict=True):
@@ -121,7 +119,8 @@ def test_compiled_training_step(name):
     ]  # fmt: skip
     want = step(*tensors)
     gradients = torch.autograd.grad(want, tensors)
-    got = torch.compile(step, fullgraph=True)(*tensors)
+    backend = "inductor" if name == "kl" else "aot_eager"
+    got = torch.compile(step, fullgraph=True, backend=backend)(*tensors)
     torch.testing.assert_close(got, want)
     for one, other in zip(torch.autograd.grad(got, tensors), gradients, strict=True):
         torch.testing.assert_close(one, other)
@@ -132,7 +131,7 @@ def test_compiled_under_autocast():
     network = torch.nn.Linear(4, 1)
     x = torch.randn(20, 4)
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend="aot_eager")
     def step(x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             h = network(x).squeeze(-1)
