@@ -117,9 +117,7 @@ def mixture_generator(digits: Digits, number: int, seed: int) -> np.ndarray:
 
     flat = digits.train.reshape(len(digits.train), -1).astype(np.float64)
     pca = PCA(20, random_state=seed).fit(flat)
-    mixture = GaussianMixture(10, covariance_type="diag", random_state=seed).fit(
-        pca.transform(flat)
-    )
+    mixture = GaussianMixture(10, covariance_type="diag", random_state=seed).fit(pca.transform(flat))
     drawn, _ = mixture.sample(number)
     images = np.clip(pca.inverse_transform(drawn), 0.0, _LEVELS)
     return np.random.default_rng(seed).permutation(images).reshape(-1, 8, 8).astype(np.float32)
@@ -141,9 +139,7 @@ class SeedResult:
         rows = self.refined.indices
         assert rows is not None
         return {
-            "before": list(
-                np.bincount(self.generated.kind, minlength=3) / len(self.generated.kind)
-            ),
+            "before": list(np.bincount(self.generated.kind, minlength=3) / len(self.generated.kind)),
             "after": list(np.bincount(self.generated.kind[rows], minlength=3) / len(rows)),
         }
 
@@ -202,9 +198,7 @@ class DemoResult:
         improved = {
             name: sum(
                 after < before
-                for before, after in zip(
-                    self.column("before", name), self.column("after", name), strict=True
-                )
+                for before, after in zip(self.column("before", name), self.column("after", name), strict=True)
             )
             for name in ("auc", "energy_distance", "mmd2")
         }

@@ -46,9 +46,7 @@ def draw_demo(result: DemoResult) -> Figure:
     )
     for column, name in zip(axes, TITLES, strict=True):
         ideal = float(np.mean(result.column("oracle", name)))
-        draw_measure(
-            column, name, result.column("before", name), result.column("after", name), ideal
-        )
+        draw_measure(column, name, result.column("before", name), result.column("after", name), ideal)
     return figure
 
 
@@ -66,9 +64,7 @@ def _draw_samples(figure: Any, result: DemoResult, first: SeedResult) -> None:
     for column, (title, images, colour) in zip(axes, panels, strict=False):
         column.set_title(title, color=colour, fontweight="bold")
         draw_grid(column, images, 8, 8, _LIMITS)
-    axes[5].set_title(
-        f"refused generator, AUC {result.hopeless.fit['auc']:.3f}", color="0.45", fontweight="bold"
-    )
+    axes[5].set_title(f"refused generator, AUC {result.hopeless.fit['auc']:.3f}", color="0.45", fontweight="bold")
     draw_grid(axes[5], result.hopeless_images, 8, 8, _LIMITS)
     axes[5].text(
         0.5,

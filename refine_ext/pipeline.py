@@ -133,15 +133,12 @@ class _Plan:
     batch_rows: int
 
 
-def _plan_memory(
-    real: RowSource, generated: RowSource, options: RefineOptions, loaded: bool
-) -> _Plan:
+def _plan_memory(real: RowSource, generated: RowSource, options: RefineOptions, loaded: bool) -> _Plan:
     allowed = f"refine: --memory {options.memory / 2**20:.0f} MiB"
     scores = _BYTES_PER_SCORE * len(generated)
     if scores > options.memory // 2:
         raise ValueError(
-            f"{allowed} is too small to weigh {len(generated)} generated rows; "
-            f"at least {2 * scores / 2**20:.0f} MiB"
+            f"{allowed} is too small to weigh {len(generated)} generated rows; at least {2 * scores / 2**20:.0f} MiB"
         )
     features = real.features
     row = features * max(s.decoded_dtype.itemsize for s in (real, generated))
@@ -174,22 +171,16 @@ def check_pair(real: RowSource, generated: RowSource) -> None:
         )
     for source in (real, generated):
         if len(source) < MINIMUM_ROWS:
-            raise ValueError(
-                f"{source.label}: has {len(source)} rows; at least {MINIMUM_ROWS} are needed"
-            )
+            raise ValueError(f"{source.label}: has {len(source)} rows; at least {MINIMUM_ROWS} are needed")
 
 
 def _bar(total: int, what: str, options: RefineOptions) -> Any:
     from tqdm import tqdm
 
-    return tqdm(
-        total=total, desc=what, unit="row", unit_scale=True, disable=not options.progress, delay=1.0
-    )
+    return tqdm(total=total, desc=what, unit="row", unit_scale=True, disable=not options.progress, delay=1.0)
 
 
-def _score(
-    discriminator: Discriminator, generated: RowSource, plan: _Plan, options: RefineOptions
-) -> np.ndarray:
+def _score(discriminator: Discriminator, generated: RowSource, plan: _Plan, options: RefineOptions) -> np.ndarray:
     """log r of every generated row, float64 [n]."""
     import torch
 
@@ -202,9 +193,7 @@ def _score(
     return out
 
 
-def _choose_rows(
-    log_ratio: np.ndarray, options: RefineOptions
-) -> tuple[np.ndarray | None, list[str]]:
+def _choose_rows(log_ratio: np.ndarray, options: RefineOptions) -> tuple[np.ndarray | None, list[str]]:
     """Ascending indices of the refined sample."""
     import torch
 
@@ -233,8 +222,7 @@ def _choose_rows(
     notes = []
     if len(rows) > 2 * distinct:
         notes.append(
-            f"{len(rows)} rows drawn but only {distinct} of them distinct: "
-            "ask for fewer with --num, or generate more"
+            f"{len(rows)} rows drawn but only {distinct} of them distinct: ask for fewer with --num, or generate more"
         )
     return rows, notes
 
@@ -283,9 +271,7 @@ def refine(
 
     options = options or RefineOptions()
     if options.method not in METHODS:
-        raise ValueError(
-            f"refine: method must be one of {', '.join(METHODS)}, got {options.method!r}"
-        )
+        raise ValueError(f"refine: method must be one of {', '.join(METHODS)}, got {options.method!r}")
     if options.num is not None and options.num < 1:
         raise ValueError(f"refine: num must be at least 1, got {options.num}")
     check_pair(real, generated)
@@ -313,13 +299,7 @@ def refine(
     scores = _score(discriminator, generated, plan, options)
     # over all rows, not only those trained on: r must average to one over what is drawn from
     ratio = density_ratio(torch.from_numpy(scores), kind="logit")
-    real_scores = (
-        discriminator.log_ratio(held_real, batch_size=plan.batch_rows)
-        .detach()
-        .cpu()
-        .double()
-        .numpy()
-    )
+    real_scores = discriminator.log_ratio(held_real, batch_size=plan.batch_rows).detach().cpu().double().numpy()
     report = discriminator.report
     refined = Refined(
         log_ratio=ratio.log_ratio.numpy(),
@@ -338,8 +318,7 @@ def refine(
     _weigh_evidence(refined, loaded)
     if loaded and held_out is None:
         refined.notes.append(
-            "the discriminator may have been trained on the rows that judge it here; "
-            "give others with --held-out"
+            "the discriminator may have been trained on the rows that judge it here; give others with --held-out"
         )
     if refined.refinable or options.force:
         refined.indices, notes = _choose_rows(refined.log_ratio, options)
@@ -358,9 +337,7 @@ def refine(
             )
     elif len(held_real):
         rows = random_rows(generator, len(generated), len(held_real))
-        refined.samples = show_samples(
-            held_real, generated, refined.weights, rows, None, plan.block_rows
-        )
+        refined.samples = show_samples(held_real, generated, refined.weights, rows, None, plan.block_rows)
     return refined
 
 
@@ -379,9 +356,7 @@ def _fit(real: np.ndarray, fake: np.ndarray, options: RefineOptions) -> Discrimi
 
     for array, name in ((real, "real"), (fake, "generated")):
         if array.size and np.ptp(array) == 0:
-            raise ValueError(
-                f"refine: the {name} rows are constant, every value is {array.flat[0]:g}"
-            )
+            raise ValueError(f"refine: the {name} rows are constant, every value is {array.flat[0]:g}")
     small = real[0].size <= _SMALL
     with at_most_threads(1) if small else nullcontext():
         return fit_discriminator(
@@ -403,25 +378,19 @@ def output_shape(refined: Refined, generated: RowSource) -> tuple[tuple[int, ...
     return (len(refined.indices), *generated.shape[1:]), generated.element
 
 
-def write(
-    refined: Refined, generated: RowSource, out: str | os.PathLike[str], options: RefineOptions
-) -> None:
+def write(refined: Refined, generated: RowSource, out: str | os.PathLike[str], options: RefineOptions) -> None:
     """Gather the refined rows, bit for bit as they stand in the generated file (or write the
     weights)."""
     shape, element = output_shape(refined, generated)
     block_bytes = max(1, options.memory // 16)
-    check_output(
-        out, element, 8 * shape[0] if refined.indices is None else shape[0] * generated.row_bytes
-    )
+    check_output(out, element, 8 * shape[0] if refined.indices is None else shape[0] * generated.row_bytes)
     with create_rows(out, shape, element) as writer, _bar(shape[0], "writing", options) as bar:
         for raw in _rows_to_write(refined, generated, block_bytes):
             writer.write(raw)
             bar.update(len(raw))
 
 
-def _rows_to_write(
-    refined: Refined, generated: RowSource, block_bytes: int
-) -> Iterator[np.ndarray]:
+def _rows_to_write(refined: Refined, generated: RowSource, block_bytes: int) -> Iterator[np.ndarray]:
     if refined.indices is None:
         yield refined.weights.astype(np.float64)[:, None].view(np.uint8)
     else:

@@ -70,9 +70,7 @@ def _measure_lines(refined: Refined) -> list[str]:
     from .report import measured
 
     before, after = refined.before, refined.after
-    lines = [
-        f"held-out     {'':<18}{'generated':>11}{'refined':>11}   ({before.n_real} real samples)"
-    ]
+    lines = [f"held-out     {'':<18}{'generated':>11}{'refined':>11}   ({before.n_real} real samples)"]
     for name in measured(before, after):
         title, direction = TITLES[name]
         values = [getattr(sample, name) for sample in (before, after)]

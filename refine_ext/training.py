@@ -45,9 +45,7 @@ class Objective:
         """
         if not bool(torch.isfinite(torch.cat([real, fake])).all()):
             return math.nan
-        bound = variational_bound(
-            real.double(), fake.double(), self.divergence, tight=True, kind=self.kind
-        )
+        bound = variational_bound(real.double(), fake.double(), self.divergence, tight=True, kind=self.kind)
         return float(bound)
 
 
@@ -122,9 +120,7 @@ def train_network(
         ValueError: no epoch had a finite held-out objective.
     """
     real, fake = parts_real.train, parts_fake.train
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-    )
+    optimiser = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     size = min(schedule.batch_size, len(real), len(fake))
     length = max(len(real), len(fake)) // size
     best = Trained(epochs=0, best_epoch=0, bound=-math.inf)
@@ -230,9 +226,7 @@ def train_linear(
                 tolerance=tolerance,
                 initial=last.weight if last else None,
             )
-        heldout = objective.heldout(
-            stop_real @ last.weight + last.intercept, stop_fake @ last.weight + last.intercept
-        )
+        heldout = objective.heldout(stop_real @ last.weight + last.intercept, stop_fake @ last.weight + last.intercept)
         result.epochs += 1
         if kept is None or heldout > _EARNINGS * max(result.bound, 0.0):
             kept, result.best_epoch, result.bound = last, result.epochs, heldout

@@ -121,9 +121,7 @@ def test_multiplicities_are_repeated_samples(name):
     weighted = rx.density_ratio(h, name, base_weights=counts)
     repeated = rx.density_ratio(h.repeat_interleave(counts), name)
     assert float(weighted.shift) == pytest.approx(float(repeated.shift), rel=1e-10, abs=1e-10)
-    torch.testing.assert_close(
-        weighted.log_ratio.repeat_interleave(counts), repeated.log_ratio, rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(weighted.log_ratio.repeat_interleave(counts), repeated.log_ratio, rtol=1e-9, atol=1e-9)
 
 
 @every_family
@@ -212,9 +210,7 @@ def test_alpha_approaches_kl_and_reverse_kl(small):
     for limit, alpha in (("kl", 1 + small), ("reverse_kl", small)):
         near = rx.density_ratio(h, f"alpha:{alpha!r}").log_ratio
         # First order in alpha, times log² r; what the tiny exponent costs in rounding is eps over it.
-        torch.testing.assert_close(
-            near, rx.density_ratio(h, limit).log_ratio, rtol=0, atol=100 * abs(small) + 1e-12
-        )
+        torch.testing.assert_close(near, rx.density_ratio(h, limit).log_ratio, rtol=0, atol=100 * abs(small) + 1e-12)
 
 
 @every_family
@@ -373,7 +369,9 @@ def test_weights_shared_along_the_dimension():
     shared = rx.density_ratio(h, "kl", dim=1, base_weights=w)
     spelled = rx.density_ratio(h, "kl", dim=1, base_weights=w.expand(4, 6))
     for attribute in ("log_ratio", "weights", "shift", "ess", "khat"):
-        torch.testing.assert_close(getattr(shared, attribute), getattr(spelled, attribute), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            getattr(shared, attribute), getattr(spelled, attribute), rtol=0, atol=0, equal_nan=True
+        )
     crosswise = rx.density_ratio(h, "kl", dim=0, base_weights=torch.rand(4))
     torch.testing.assert_close((crosswise.weights.sum(0)), torch.ones(6))
 

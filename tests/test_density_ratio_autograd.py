@@ -200,6 +200,7 @@ def test_vmap_equals_a_loop(name, in_dim):
     h = outputs(name, (3, 4, 5))
     size = h.shape[in_dim]
     for dim in (None, 0, 1):
+
         def one(h, dim=dim):
             r = rx.density_ratio(h, name, dim=dim)
             return r.log_ratio, r.shift, r.ess, r.weights

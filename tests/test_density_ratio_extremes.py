@@ -317,9 +317,7 @@ def test_thread_count_changes_no_bit(name, n, threads):
         bound = rx.variational_bound(real, x, name)
         grads = torch.autograd.grad(flat.log_ratio[::2].sum() + flat.shift + bound, x)
         many = rx.density_ratio(rows, name, dim=1)
-        results.append(
-            [flat.log_ratio, flat.shift, flat.ess, bound, *grads, many.log_ratio, many.shift, many.ess]
-        )
+        results.append([flat.log_ratio, flat.shift, flat.ess, bound, *grads, many.log_ratio, many.shift, many.ess])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))

@@ -27,9 +27,7 @@ from refine_ext.divergence import parse_divergence
 
 EPS = np.finfo(np.float64).eps
 # Log-ratios from subnormal to overflowing ratios, dense around one.
-LOG_RATIOS = np.concatenate(
-    [np.linspace(-690, 690, 139), np.linspace(-3, 3, 61), [1e-3, -1e-3, 1e-8, -1e-8, 1e-300]]
-)
+LOG_RATIOS = np.concatenate([np.linspace(-690, 690, 139), np.linspace(-3, 3, 61), [1e-3, -1e-3, 1e-8, -1e-8, 1e-300]])
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 

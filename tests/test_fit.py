@@ -40,9 +40,7 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1)
-        )
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
 
     def forward(self, x):
         return self.layers(x)
@@ -66,9 +64,7 @@ CASES = [
 def test_gaussian_log_ratio_is_learned(model, objective, divergence):
     real, fake = gaussians(2000)
     features = 64 if model == "linear" else 512
-    disc = fit(
-        real, fake, model=model, objective=objective, divergence=divergence, features=features
-    )
+    disc = fit(real, fake, model=model, objective=objective, divergence=divergence, features=features)
     x_real, x_fake = gaussians(4000, seed=1)
     disc.temperature = 1.0
     x = torch.cat([x_real, x_fake])
@@ -132,10 +128,7 @@ def test_equal_seeds_give_equal_bits(model):
     else:
         chosen = model
     one, two, other = (fit(real, fake, model=chosen, max_epochs=5, seed=s) for s in (3, 3, 4))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert one.calibration == two.calibration
     assert not torch.equal(one(real), other(real))
 
