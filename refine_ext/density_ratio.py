@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._library import require_device
 from ._ops import LOG_LARGEST, LOG_SQUARE, LOG_SUM, LOG_WEIGHT, SHIFT, ops
@@ -35,6 +36,9 @@ def check_floating(function: str, argument: str, value: Tensor) -> None:
         raise ValueError(f"{function}: {argument} must not be empty, got shape {list(value.shape)}")
     if value.device.type != "cpu":
         require_device(function, argument, value)
+    # torch would drop the tangent of a registered op without a word.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{function}: {argument} has a forward-mode tangent; only reverse mode is supported")
 
 
 class DensityRatio:

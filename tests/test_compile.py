@@ -143,6 +143,14 @@ def test_compiled_under_autocast():
     assert torch.isfinite(network.weight.grad).all()
 
 
+def test_compiling_warns_of_nothing(recwarn):
+    torch._dynamo.reset()
+    compiled = torch.compile(refine, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(7))
+    ours = [str(w.message) for w in recwarn if "refine_ext" in str(w.message) or "lru_cache" in str(w.message)]
+    assert not ours
+
+
 def test_compiled_into_out():
     torch._dynamo.reset()
 

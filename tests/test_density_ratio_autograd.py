@@ -173,7 +173,7 @@ def test_log_normalizer_of_a_solved_shift_does_not_move():
 def test_what_is_not_differentiable_says_so():
     h = torch.randn(5, requires_grad=True)
     for arguments in ({"output": "ratio"}, {"out": torch.empty(5)}):
-        with pytest.raises(ValueError, match="density_ratio: out= and output='ratio' are not differentiable"):
+        with pytest.raises(ValueError, match=r"density_ratio: out= and output='ratio' are not differentiable"):
             rx.density_ratio(h, **arguments)
         with torch.no_grad():
             rx.density_ratio(h, **arguments)
@@ -279,14 +279,30 @@ def test_jacobians_and_hessians(name):
     assert float(second.abs().max()) > 0
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
 def test_transforms_that_torch_has_not_for_registered_ops_say_so(transform):
     """torch.func.grad and its kin reach no op of torch.library: an error, not a wrong derivative."""
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        transform(lambda h: rx.variational_bound(h, h * 2, "kl"))(torch.randn(5))
-    tangent = torch.ones(5)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda h: rx.density_ratio(h, "gan").log_ratio, (torch.randn(5),), (tangent,))
+    for function in (
+        lambda h: rx.variational_bound(h, h * 2, "kl"),
+        lambda h: rx.density_ratio(h, "gan").shift,
+        lambda h: rx.logistic_loss(h, h),
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            transform(function)(torch.randn(5))
+
+
+def test_forward_mode_is_refused():
+    """Registered ops drop a tangent silently; that would be a derivative of zero."""
+    h = torch.randn(5)
+    with pytest.raises(NotImplementedError, match=r"^density_ratio: h has a forward-mode tangent"):
+        torch.func.jvp(lambda h: rx.density_ratio(h, "gan").log_ratio, (h,), (torch.ones(5),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(h, torch.ones(5))
+        with pytest.raises(NotImplementedError, match=r"^variational_bound: h_fake has a forward-mode"):
+            rx.variational_bound(h, dual)
+        with pytest.raises(NotImplementedError, match=r"^logistic_loss: logit_real has a forward-mode"):
+            rx.logistic_loss(dual, h)
+        rx.density_ratio(h)
 
 
 def test_autocast_computes_in_float32():

@@ -124,7 +124,7 @@ def test_outputs_at_the_edge_of_the_domain(name, dtype):
     bound = 4 * EPS[dtype] * (1 + np.abs(want)) + curvature * 1.2e-16 * abs(edge) / distance
     assert (np.abs(got - want) <= bound).all(), (got, want)
     assert got[0] > got[1]
-    with pytest.raises(ValueError, match="density_ratio: shift puts h outside the domain of f"):
+    with pytest.raises(ValueError, match=r"density_ratio: shift puts h outside the domain of f"):
         rx.density_ratio(h + 1.0, name, shift=0.0)
     quiet = rx.density_ratio(h + 1.0, name, shift=0.0, nan_policy="propagate")
     assert quiet.log_ratio.isnan().all() and quiet.shift.isnan()
@@ -202,7 +202,8 @@ def test_light_samples_that_hold_all_the_mass(name):
     # log r near 70 is a float32: 4e-6, in the ratio as well.
     assert float(result.ess) == pytest.approx(float(mass.sum() ** 2 / (mass**2).sum()), rel=2e-5)
     assert float(result.max_weight) == pytest.approx(float(mass.max() / mass.sum()), rel=2e-5)
-    assert float(result.shift) == pytest.approx(float(shift), rel=1e-6, abs=1e-6)
+    # A clipped family's r at h = 0 is a difference of 41 and 40.
+    assert float(result.shift) == pytest.approx(float(shift), rel=1e-6, abs=80 * EPS[torch.float32])
 
 
 @every_family
@@ -239,7 +240,7 @@ def test_nan_and_infinity(bad, name, n):
         h = outputs(name, n, torch.float32)
         h[position] = bad
         for shift in (None, 1.0):
-            with pytest.raises(ValueError, match="density_ratio: h must hold no NaN or .inf") as caught:
+            with pytest.raises(ValueError, match=r"density_ratio: h must hold no NaN or .inf") as caught:
                 rx.density_ratio(h, name, shift=shift)
             assert "\n" not in str(caught.value)
             result = rx.density_ratio(h, name, shift=shift, nan_policy="propagate")
@@ -269,7 +270,7 @@ def test_no_mass_at_all(name):
         (torch.zeros(4), torch.tensor([1.0, INF, 1.0, 1.0])),
         (torch.tensor([0.0, -INF]), torch.tensor([0.0, 1.0])),
     ):
-        with pytest.raises(ValueError, match="density_ratio: .* (weights|finite)"):
+        with pytest.raises(ValueError, match=r"density_ratio: .* (weights|finite)"):
             rx.density_ratio(h, name, base_weights=w)
 
 

@@ -1,4 +1,4 @@
-"""variational_bound and logistic_loss: values by independent minimisation, identities, gradients' meaning, bad input."""
+"""variational_bound and logistic_loss: independent minimisation, identities, the meaning of gradients, bad input."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_two_precisions_meet_in_the_higher():
 @pytest.mark.parametrize("name", [*SUPREMUM])
 def test_loose_bound_outside_the_domain(name):
     h = torch.tensor([SUPREMUM[name] + 1.0, SUPREMUM[name] - 1.0])
-    with pytest.raises(ValueError, match="variational_bound: .* outside the domain") as caught:
+    with pytest.raises(ValueError, match=r"variational_bound: .* outside the domain") as caught:
         rx.variational_bound(h, h, name, tight=False)
     assert "\n" not in str(caught.value) and "h_fake" in str(caught.value)
     assert "shift puts" not in str(caught.value), "the user gave no shift"
@@ -240,17 +240,17 @@ def test_bad_input():
         (torch.tensor([math.nan]), "h_real", "must be finite"),
         (torch.tensor([math.inf]), "h_real", "must be finite"),
     ):
-        with pytest.raises((TypeError, ValueError), match=f"^variational_bound: {argument} {message}"):
+        with pytest.raises((TypeError, ValueError), match=rf"^variational_bound: {argument} {message}"):
             rx.variational_bound(bad, good)
     for bad in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 1.0])):
         for tight in (True, False):
-            with pytest.raises(ValueError, match="^variational_bound: h_fake must hold no NaN"):
+            with pytest.raises(ValueError, match=r"^variational_bound: h_fake must hold no NaN"):
                 rx.variational_bound(good, bad, tight=tight)
-    with pytest.raises(ValueError, match="^logistic_loss: logit_fake must not be empty"):
+    with pytest.raises(ValueError, match=r"^logistic_loss: logit_fake must not be empty"):
         rx.logistic_loss(good, torch.empty(2, 0))
-    with pytest.raises(TypeError, match="^logistic_loss: logit_real must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"^logistic_loss: logit_real must be a torch.Tensor"):
         rx.logistic_loss(None, good)
-    with pytest.raises(ValueError, match="^variational_bound: divergence must be one of kl, .*'kld'"):
+    with pytest.raises(ValueError, match=r"^variational_bound: divergence must be one of kl, .*'kld'"):
         rx.variational_bound(good, good, "kld")
-    with pytest.raises(ValueError, match="^variational_bound: kind must be one of variational, logit"):
+    with pytest.raises(ValueError, match=r"^variational_bound: kind must be one of variational, logit"):
         rx.variational_bound(good, good, kind="probability")
