@@ -101,7 +101,8 @@ def resample(
 
     Draw j is the first index at which the running sum of the weights exceeds t_j. The sums are exact integers, in
     units of at most 2⁻⁴⁹ of the largest of 4096 neighbouring weights and 2⁻⁶⁰ of the total: weights spanning 30
-    orders of magnitude bias nothing, and a weight of zero is never drawn. The running time is O(n + num).
+    orders of magnitude bias nothing, and a weight of zero is never drawn. The running time is O(n + num); on the CPU
+    "multinomial" and "residual" take about 12 n bytes of working memory on top, the others next to none.
 
     Args:
         weights: non-negative, [..., n], any normalisation; float64, float32, float16 or bfloat16. Leading dimensions
