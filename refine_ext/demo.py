@@ -21,6 +21,7 @@ from .io import ArrayRows
 from .measures import TITLES, TwoSample, distances, two_sample
 from .output import create_rows
 from .pipeline import Refined, RefineOptions, refine
+from .threads import at_most_threads
 
 KINDS = ("clean", "blend", "noisy")
 INSTALL = "pip install 'refine-ext[demo]'"
@@ -240,6 +241,11 @@ def _mean_and_error(values: list[float]) -> str:
 
 def run_seed(seed: int, number: int, options: RefineOptions) -> SeedResult:
     """Generate, refine, and judge by the held-out half."""
+    with at_most_threads(1):  # 64 features: threads only get in each other's way
+        return _run_seed(seed, number, options)
+
+
+def _run_seed(seed: int, number: int, options: RefineOptions) -> SeedResult:
     digits = load_digits(seed)
     generated = faulty_generator(digits, number, seed)
     sources = [
@@ -268,11 +274,14 @@ def run_seed(seed: int, number: int, options: RefineOptions) -> SeedResult:
 
 def _oracle(digits: Digits, generated: Generated, seed: int, judge_rows: int) -> TwoSample:
     """What weights that know every fault reach: no blends, no noise, true class proportions."""
+    import torch
+
+    from .resampling import resample
+
     true = np.bincount(digits.train_labels, minlength=10) / len(digits.train_labels)
     weights = (generated.kind == 0) * (true / generated.proportions)[generated.labels]
-    generator = np.random.default_rng([seed, 2])
     size = min(judge_rows, len(digits.held_out))
-    rows = generator.choice(len(weights), size=size, p=weights / weights.sum())
+    rows = resample(torch.from_numpy(weights), size, seed=seed).numpy()
     return two_sample(digits.held_out[:size], generated.images[rows], groups=rows, seed=seed)
 
 
@@ -334,10 +343,11 @@ def run_demo(
         )
     digits = results[0].digits
     images = mixture_generator(digits, number, seed=0)
-    hopeless = refine(
-        ArrayRows(digits.train, "digits"),
-        ArrayRows(images, "mixture"),
-        replace(options, seed=0),
-        held_out=ArrayRows(digits.held_out, "held-out digits"),
-    )
+    with at_most_threads(1):
+        hopeless = refine(
+            ArrayRows(digits.train, "digits"),
+            ArrayRows(images, "mixture"),
+            replace(options, seed=0),
+            held_out=ArrayRows(digits.held_out, "held-out digits"),
+        )
     return DemoResult(results, hopeless, images)

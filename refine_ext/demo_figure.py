@@ -37,8 +37,9 @@ def draw_demo(result: DemoResult) -> Figure:
     _draw_samples(top, result, first)
     _draw_weights(middle, first)
     axes = bottom.subplots(1, len(TITLES))
+    plural = "" if len(result.seeds) == 1 else "s"
     bottom.suptitle(
-        f"Held-out measures, {len(result.seeds)} seed(s) (lines: the seeds, bars: standard error, "
+        f"Held-out measures, {len(result.seeds)} seed{plural} (lines: the seeds, bars: standard error, "
         "dashed: weights that know every fault)",
         fontsize=11,
         color="0.3",

@@ -81,8 +81,10 @@ class Discriminator(nn.Module):
 
     Source: Husain, De Bortoli and Nock 2026 (refined model).
 
-    >>> disc = Discriminator.load("d.safetensors")  # doctest: +SKIP
-    >>> disc.log_ratio(samples)                     # doctest: +SKIP
+    >>> import torch, refine_ext as rx
+    >>> disc = rx.fit_discriminator(torch.randn(60, 2) + 1, torch.randn(60, 2), progress=False)
+    >>> (disc.kind, disc.log_ratio(torch.zeros(3, 2)).shape)
+    ('variational', torch.Size([3]))
     """
 
     reference: Tensor

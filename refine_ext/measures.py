@@ -195,8 +195,9 @@ def gaussian_mmd2(
     Source: Gretton et al. 2012, equation 3 (unbiased) and 5 (biased).
 
     Example:
-        >>> gaussian_mmd2([[0.0], [1.0]], [[0.0], [1.0]], bandwidth=1.0, unbiased=False)
-        0.0
+        >>> same = gaussian_mmd2([[0.0], [1.0]], [[0.0], [1.0]], bandwidth=1.0, unbiased=False)
+        >>> abs(same) < 1e-12
+        True
     """
     x, y = _pair(real, generated, "gaussian_mmd2")
     if bandwidth is not None and not bandwidth > 0:

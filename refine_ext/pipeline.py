@@ -1,16 +1,22 @@
 """The main job: real and generated samples in, a refined sample out, both possibly larger than
 memory.
 
-One pass over the files draws a seeded subset to train on, one pass scores every generated row, one
-pass gathers the
-chosen rows in the order of the generated file. What grows with the generated sample is a few floats
-a row, nothing else.
+One pass over the files draws a seeded subset to train on, one pass scores every generated row, and
+one pass gathers the chosen rows in the order of the generated file. What grows with the generated
+sample is a few floats a row, nothing else.
+
+One discriminator scores all rows, those it was trained on too. Two-fold cross-fitting (each half
+scored by a discriminator trained on the other) was measured on the demo's digits, 5 seeds, 600 and
+3000 generated rows: the paired change of the held-out AUC was +0.036 ± 0.012 and +0.016 ± 0.009
+(linear), +0.003 ± 0.011 and -0.015 ± 0.010 (mlp), of the energy distance between -0.01 and +0.03,
+within its error. Half the training data costs as much as an unseen score gains, at twice the time.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +33,7 @@ from .judging import (
     take,
 )
 from .output import check_output, create_rows
+from .threads import at_most_threads
 
 if TYPE_CHECKING:
     from .discriminator import Discriminator
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
 
 METHODS = ("resample", "rejection", "metropolis", "weights")
 MINIMUM_ROWS = 40  # fewer leave nothing to hold out after the fit's own split
+# features up to which the fit's batches are too small to share among threads
+_SMALL = 256
 # steps a Metropolis chain takes before its first kept draw: it starts at a plain generated sample
 _BURN_IN = 500
 # float64 log-ratio, ratio, weights and sort buffers, an int64 index: what one generated row costs
@@ -263,8 +272,10 @@ def refine(
     Source: Husain, De Bortoli and Nock 2026 (refined model dQ̂ = (f*)′(h* − ν*) dQ).
 
     Example:
-        >>> RefineOptions(method="rejection").num is None
-        True
+        >>> from refine_ext.io import ArrayRows
+        >>> x = np.random.default_rng(0).normal(size=(400, 2))
+        >>> refine(ArrayRows(x[:200]), ArrayRows(x[200:] + 0.5)).indices.shape
+        (200,)
     """
     import torch
 
@@ -371,16 +382,18 @@ def _fit(real: np.ndarray, fake: np.ndarray, options: RefineOptions) -> Discrimi
             raise ValueError(
                 f"refine: the {name} rows are constant, every value is {array.flat[0]:g}"
             )
-    return fit_discriminator(
-        real,
-        fake,
-        model=options.model,
-        divergence=options.divergence,
-        objective=options.objective,
-        seed=options.seed,
-        device=options.device,
-        progress=options.progress,
-    )
+    small = real[0].size <= _SMALL
+    with at_most_threads(1) if small else nullcontext():
+        return fit_discriminator(
+            real,
+            fake,
+            model=options.model,
+            divergence=options.divergence,
+            objective=options.objective,
+            seed=options.seed,
+            device=options.device,
+            progress=options.progress,
+        )
 
 
 def output_shape(refined: Refined, generated: RowSource) -> tuple[tuple[int, ...], str]:

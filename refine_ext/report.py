@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +215,7 @@ def draw_measure(
             va="center",
             color=colour,
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
         )
     if ideal is not None:
         axes.axhline(ideal, color="0.45", linewidth=1, linestyle="--", zorder=0)
@@ -238,7 +240,7 @@ def measured(before: TwoSample, after: TwoSample) -> list[str]:
     return [name for name in TITLES if a[name] is not None and b[name] is not None]
 
 
-def _draw_samples(figure: Figure, grid: Any, samples: Samples) -> None:
+def _draw_samples(figure: Any, grid: Any, samples: Samples, verdict: str) -> None:
     panels = [
         ("held-out real", samples.real, REAL),
         ("generated", samples.before, BEFORE),
@@ -251,7 +253,8 @@ def _draw_samples(figure: Figure, grid: Any, samples: Samples) -> None:
         axes.set_title(title, color=colour, fontweight="bold")
         if values is None:
             axes.set_axis_off()
-            axes.text(0.5, 0.5, "refused", ha="center", fontsize=16, color="0.5")
+            text = textwrap.fill(verdict, 34)
+            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=11, color=BEFORE)
             continue
         images = as_images(values)
         if images is not None:
@@ -267,9 +270,9 @@ def draw_refined(refined: Refined, title: str) -> Figure:
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.0, 0.95])
     upper, lower = parts
     if refined.samples is not None:
-        _draw_samples(upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples)
-    if not refined.refinable:
-        figure.text(0.01, 0.955, refined.verdict, fontsize=11, color=BEFORE, va="top")
+        _draw_samples(
+            upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples, refined.verdict
+        )
     names = measured(refined.before, refined.after) if refined.before and refined.after else []
     grid = lower.add_gridspec(1, 2 + len(names), width_ratios=[1.9, 1.5, *[1.0] * len(names)])
     draw_log_ratios(

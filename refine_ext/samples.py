@@ -50,7 +50,7 @@ def check_samples(real: Any, fake: Any, *, function: str) -> tuple[Tensor, Tenso
 
     Raises:
         TypeError: a type or dtype that is not supported.
-        ValueError: empty or too small, not finite, shapes that differ, or no feature that varies.
+        ValueError: empty or too small, not finite, shapes or devices that differ, or no feature that varies.
     """
     pair = []
     for argument, x in (("real", real), ("fake", fake)):
@@ -74,6 +74,11 @@ def check_samples(real: Any, fake: Any, *, function: str) -> tuple[Tensor, Tenso
         raise ValueError(
             f"{function}: real and fake must have the same features, got "
             f"{list(first.shape[1:])} and {list(second.shape[1:])} per sample"
+        )
+    if first.device != second.device:
+        raise ValueError(
+            f"{function}: real and fake must be on one device, got {first.device} "
+            f"and {second.device}"
         )
     if all(bool((x == first[:1]).all()) for x in pair):
         raise ValueError(f"{function}: real and fake are constant: every sample is the same")

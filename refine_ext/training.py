@@ -214,10 +214,8 @@ def train_linear(
     spread = float((both - both.mean(0)).square().sum(1).mean().sqrt())
     if spread <= 1e-12 * float(both.abs().max()):
         raise ValueError("fit_discriminator: features are constant over all samples")
-    if norm_bound is None:
-        path = [_FIRST_SPAN / spread * 2.0**k for k in range(_DOUBLINGS)]
-    else:
-        path = [norm_bound]
+    doubling = [_FIRST_SPAN / spread * 2.0**k for k in range(_DOUBLINGS)]
+    path = doubling if norm_bound is None else [norm_bound]
     kept: LinearDual | None = None
     last: LinearDual | None = None
     result = Trained(epochs=0, best_epoch=0, bound=-math.inf)

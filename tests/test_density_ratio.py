@@ -33,7 +33,8 @@ def log_ratio_bound(name: str, h: np.ndarray, want: np.ndarray, w, dtype: torch.
 
     A few roundings of log r and of the distance to the largest output, which the score factor c turns into an error of
     log r; and the shift's residual: E r is off by it, so the shift by residual / E[r c] and log r by c times that.
-    Half formats compute in float32 and round once.
+    Half formats compute in float32 and round once. The general power works on the largest log r (never beyond log n
+    but for base weights) in float64.
     """
     compute = EPS[dtype] if dtype == torch.float64 else EPS[torch.float32]
     c = score_factor(name, want)
@@ -41,7 +42,8 @@ def log_ratio_bound(name: str, h: np.ndarray, want: np.ndarray, w, dtype: torch.
     # A float64 distance between numbers of size |h| is off by their rounding only if they are not exact themselves.
     spread = h[np.isfinite(h)].max() - np.where(np.isfinite(h), h, h[np.isfinite(h)].max())
     with np.errstate(invalid="ignore"):
-        bound = 6 * compute * (1 + np.abs(want) + c * spread) + RESIDUAL[dtype] * c / mean_slope
+        top = EPS[torch.float64] * want.max() if name.startswith("alpha") else 0
+        bound = 6 * top + 6 * compute * (1 + np.abs(want) + c * spread) + RESIDUAL[dtype] * c / mean_slope
     return bound + (0 if dtype in (torch.float32, torch.float64) else EPS[dtype] / 2 * np.abs(want))
 
 
