@@ -103,7 +103,7 @@ def measure_resample(sizes: list[tuple[int, int]], threads: int) -> list[dict]:
     for n, num in sizes:
         weights = torch.randn(n, generator=torch.Generator().manual_seed(0)).exp()
         for method in METHODS:
-            timed = interleaved(contenders(method, weights, num), budget=6.0)
+            timed = interleaved(contenders(method, weights, num), budget=4.0)
             rows.append({"method": method, "n": n, "num": num, "threads": threads, "time": timed})
             report(rows[-1])
     return rows
@@ -151,8 +151,7 @@ def measure_decisions(sizes: list[int], threads: int) -> list[dict]:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
-    sizes = [(64, 64), (4096, 4096), (100_000, 100_000), (1_000_000, 1_000_000)]
-    sizes += [(10_000_000, 10_000_000), (10_000_000, 100_000), (1000, 1_000_000)]
+    sizes = [(64, 64), (4096, 4096), (1_000_000, 1_000_000), (10_000_000, 100_000), (1000, 1_000_000)]
     every = torch.get_num_threads()
     if arguments.quick:
         rows = measure_resample([(4096, 4096), (100_000, 100_000)], 1) + measure_decisions([100_000], 1)

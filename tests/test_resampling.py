@@ -288,6 +288,7 @@ def test_seeds():
         ({"weights": torch.tensor([-math.inf] * 2), "log": True}, ValueError, "must not be all -inf"),
         ({"num": -1}, ValueError, "num must be at least 0, got -1"),
         ({"num": 2.0}, TypeError, "num must be an int, got float"),
+        ({"num": True}, TypeError, "num must be an int, got bool"),
         ({"method": "alias"}, ValueError, "method must be one of multinomial"),
         ({"seed": 2**64}, ValueError, "seed must be between"),
         ({"seed": 1.5}, TypeError, "seed must be an int or an int64 tensor, got float"),
@@ -322,3 +323,20 @@ def test_compiles():
     samples, log_ratio = torch.rand(50, 2), torch.randn(50)
     chosen, _ = refine(samples, log_ratio, 5)
     assert torch.equal(chosen, samples[rx.resample(log_ratio, 20, seed=5, log=True)])
+
+
+def test_compiles_for_any_size():
+    """One graph for all numbers of weights and draws."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda w, more: rx.resample(w, 2 * w.shape[0] + more, seed=3), fullgraph=True, dynamic=True, backend=count
+    )
+    for n in (5, 9, 13):
+        weights = torch.rand(n)
+        assert torch.equal(compiled(weights, 2), rx.resample(weights, 2 * n + 2, seed=3))
+    assert len(graphs) == 1

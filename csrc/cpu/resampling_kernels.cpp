@@ -168,7 +168,7 @@ typedef int32_t Indices __attribute__((vector_size(kVectorBytes)));
 template <int kShift, int... kLane>
 REFINE_EXT_INLINE Indices shifted_up(Indices v, std::integer_sequence<int, kLane...>) {
   constexpr int kWidth = sizeof...(kLane);
-  return __builtin_shuffle(v, Indices{}, Indices{(kLane < kShift ? kWidth : kLane - kShift)...});
+  return __builtin_shufflevector(v, Indices{}, (kLane < kShift ? kWidth : kLane - kShift)...);
 }
 
 // Running maximum of the lanes, of non-negative numbers.

@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(refine_ext, m) {
   m.def("dual_slope(Tensor grad, Tensor logit, bool conjugate, int divergence, float alpha) -> Tensor");
   // Drawing (csrc/math/resampling.h). seed: int64, one value, or one for each index of some leading
   // dimensions; method: a ResampleMethod.
-  m.def("resample(Tensor weights, int num, Tensor seed, int offset, int method, bool log) -> Tensor");
+  m.def("resample(Tensor weights, SymInt num, Tensor seed, int offset, int method, bool log) -> Tensor");
   m.def(
       "rejection(Tensor log_ratio, Tensor? log_bound, Tensor? gamma, float epsilon, Tensor seed, int offset)"
       " -> (Tensor, Tensor, Tensor)");
