@@ -238,7 +238,8 @@ RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, do
       write = true;
       continue;
     }
-    if (large && !in_place_ && output != Output::none && error < 0.05) write = true;
+    // Newton squares the error: from here the next pass is expected to confirm, and writes.
+    write = large && !in_place_ && output != Output::none && error < 4e-4;
   }
   return RatioError::not_converged;
 }

@@ -111,10 +111,44 @@ REFINE_EXT_INLINE Vec<S> select(VecMask<S> mask, Vec<S> yes, Vec<S> no) {
   return {mask.bits ? yes.v : no.v};
 }
 
-// max(a, b) with NaN in a winning never: a running maximum skips NaN in the new value b.
+// max(a, b) that returns b where either is NaN: a running maximum of b = so far skips NaN in a, and clamping x = b to a
+// bound a lets NaN through. One instruction, which the compiler does not make of a comparison and a blend.
 template <class S>
-REFINE_EXT_INLINE Vec<S> running_max(Vec<S> a, Vec<S> b) {
-  return {b.v > a.v ? b.v : a.v};
+REFINE_EXT_INLINE Vec<S> max_or_second(Vec<S> a, Vec<S> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    return {(typename Vec<S>::Native)_mm512_max_ps((__m512)a.v, (__m512)b.v)};
+  } else {
+    return {(typename Vec<S>::Native)_mm512_max_pd((__m512d)a.v, (__m512d)b.v)};
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    return {(typename Vec<S>::Native)_mm256_max_ps((__m256)a.v, (__m256)b.v)};
+  } else {
+    return {(typename Vec<S>::Native)_mm256_max_pd((__m256d)a.v, (__m256d)b.v)};
+  }
+#else
+  return {a.v > b.v ? a.v : b.v};
+#endif
+}
+
+template <class S>
+REFINE_EXT_INLINE Vec<S> min_or_second(Vec<S> a, Vec<S> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    return {(typename Vec<S>::Native)_mm512_min_ps((__m512)a.v, (__m512)b.v)};
+  } else {
+    return {(typename Vec<S>::Native)_mm512_min_pd((__m512d)a.v, (__m512d)b.v)};
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    return {(typename Vec<S>::Native)_mm256_min_ps((__m256)a.v, (__m256)b.v)};
+  } else {
+    return {(typename Vec<S>::Native)_mm256_min_pd((__m256d)a.v, (__m256d)b.v)};
+  }
+#else
+  return {a.v < b.v ? a.v : b.v};
+#endif
 }
 
 template <class S>
@@ -123,6 +157,26 @@ REFINE_EXT_INLINE double horizontal_sum(Vec<S> a) {
   for (int lane = 0; lane < Vec<S>::kWidth; ++lane) sum += static_cast<double>(a.v[lane]);
   return sum;
 }
+
+// Sums in float64. A sum of ratios is dominated by a few of them, and a float32 accumulator that holds a large one
+// loses half a unit of its last place with every later addition.
+template <class S>
+struct WideSum {
+  Vec<double> low = Vec<double>::splat(0.0), high = Vec<double>::splat(0.0);
+
+  REFINE_EXT_INLINE void add(Vec<S> x) {
+    if constexpr (sizeof(S) == 8) {
+      low = low + x;
+    } else {
+      typedef float HalfNative __attribute__((vector_size(kVectorBytes / 2)));
+      HalfNative parts[2];
+      std::memcpy(parts, &x.v, sizeof parts);
+      low.v += __builtin_convertvector(parts[0], Vec<double>::Native);
+      high.v += __builtin_convertvector(parts[1], Vec<double>::Native);
+    }
+  }
+  REFINE_EXT_INLINE double total() const { return horizontal_sum(low + high); }
+};
 
 template <class S>
 REFINE_EXT_INLINE double horizontal_max(Vec<S> a) {
@@ -189,8 +243,7 @@ template <class S>
 REFINE_EXT_INLINE ExpParts<S> exp_parts(Vec<S> x) {
   using V = Vec<S>;
   using T = Tables<S>;
-  x = select(x < V::splat(T::kExpLow), V::splat(T::kExpLow), x);
-  x = select(x > V::splat(T::kExpHigh), V::splat(T::kExpHigh), x);
+  x = min_or_second(V::splat(T::kExpHigh), max_or_second(V::splat(T::kExpLow), x));
   const V n = (x * V::splat(S(1.44269504088896340736)) + V::splat(T::kRound)) - V::splat(T::kRound);
   const V r = (x - n * V::splat(T::kLn2High)) - n * V::splat(T::kLn2Low);
   return {n, r + r * r * polynomial(r, T::kExpTail)};
@@ -224,17 +277,23 @@ REFINE_EXT_INLINE Vec<S> vector_exp(Vec<S> x) {
   return scale_by_power(Vec<S>::splat(1) + parts.p, parts.n);
 }
 
+// em1 is NaN or infinite from the top of the exponent range on, where 2^n overflows before e^x does.
 template <class S>
 REFINE_EXT_INLINE void vector_exp_and_expm1(Vec<S> x, Vec<S>& e, Vec<S>& em1) {
   const ExpParts<S> parts = exp_parts(x);
   const Vec<S> one = Vec<S>::splat(1);
-  e = scale_by_power(one + parts.p, parts.n);
-  // 2^n p + (2^n - 1), exact in its second term for small n; at the top of the range 2^n overflows before e^x does.
   const Vec<S> power = scale_by_power(one, parts.n);
-  const Vec<S> direct = power * parts.p + (power - one);
-  em1 = select(parts.n > Vec<S>::splat(Tables<S>::kBias), e, direct);
-  // x below eps: keep the sign of zero and the last bit.
-  em1 = select(x == Vec<S>::splat(0), x, em1);
+  e = scale_by_power(one + parts.p, parts.n);
+  em1 = power * parts.p + (power - one);
+}
+
+template <class S>
+REFINE_EXT_INLINE Vec<S> vector_expm1(Vec<S> x) {
+  Vec<S> e, em1;
+  vector_exp_and_expm1(x, e, em1);
+  // From e^64 on the one is below rounding; near zero keep the last bit and the sign.
+  em1 = select(x > Vec<S>::splat(64), e, em1);
+  return select(x == Vec<S>::splat(0), x, em1);
 }
 
 // m in [sqrt(1/2), sqrt(2)), k integer-valued with x = m 2^k; for finite x > 0.
@@ -402,11 +461,7 @@ struct Arithmetic<REFINE_EXT_ISA::Vec<S>> {
   static REFINE_EXT_INLINE void exp_and_expm1(V x, V& e, V& em1) {
     REFINE_EXT_ISA::vector_exp_and_expm1(x, e, em1);
   }
-  static REFINE_EXT_INLINE V expm1(V x) {
-    V e, em1;
-    exp_and_expm1(x, e, em1);
-    return em1;
-  }
+  static REFINE_EXT_INLINE V expm1(V x) { return REFINE_EXT_ISA::vector_expm1(x); }
 };
 
 }  // namespace refine_ext

@@ -25,7 +25,7 @@ struct Arithmetic {
   static REFINE_EXT_INLINE V log(V x) { return ::log(x); }
   static REFINE_EXT_INLINE V log1p(V x) { return ::log1p(x); }
   static REFINE_EXT_INLINE V sqrt(V x) { return ::sqrt(x); }
-  // e^x and e^x - 1 together: vector code shares one polynomial between them.
+  // e^x and e^x - 1 together, for vector code to share one polynomial; x below the overflow of e^x.
   static REFINE_EXT_INLINE void exp_and_expm1(V x, V& e, V& em1) {
     e = exp(x);
     em1 = expm1(x);

@@ -53,13 +53,12 @@ REFINE_EXT_INLINE int64_t size_of(Storage storage) {
 // Float64: rounding errors of the sums leave 1e-13 at most.
 REFINE_EXT_INLINE double tolerance_of(Storage storage) { return storage == Storage::float64 ? 1e-12 : 3e-7; }
 
-// L lies in [0, log n], give or take rounding; unequal weights bound it by the exponent range only.
+// L lies in [0, log n], give or take rounding; unequal weights bound it by the exponent range only. From above, where
+// one ratio holds all the mass, Newton comes down monotonically for most forms.
 REFINE_EXT_INLINE ShiftSearch begin_search(const Family& family, int64_t n, bool weighted) {
   const double cap = family.form == Form::power ? kLargestExponent / ::fabs(family.c) : kLargestExponent;
-  const double bound = ::log(static_cast<double>(n)) + 1e-6;
-  ShiftSearch search{-1e-6, weighted || bound > cap ? cap : bound, 0.0};
-  search.log_max = search.upper < 2.0 ? 0.5 * search.upper : 1.0;
-  return search;
+  const double log_n = ::log(static_cast<double>(n));
+  return {-1e-6, weighted || log_n + 1e-6 > cap ? cap : log_n + 1e-6, log_n < cap ? log_n : cap};
 }
 
 }  // namespace refine_ext

@@ -52,6 +52,12 @@ inline bool is_float(ScalarType type) {
          type == ScalarType::BFloat16;
 }
 
+inline bool is_cuda(const Tensor& tensor) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+  return device_type == aoti_torch_device_type_cuda();
+}
+
 // Contiguous, on h's device; the same handle where it already is.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -82,20 +88,23 @@ inline Tensor allocate(const int64_t* sizes, int64_t dims, ScalarType type, cons
   return Tensor(handle);
 }
 
-inline Tensor allocate_like(const Tensor& like) {
-  std::vector<int64_t> sizes(like.dim());
-  for (size_t d = 0; d < sizes.size(); ++d) sizes[d] = like.size(static_cast<int64_t>(d));
-  return allocate(sizes.data(), static_cast<int64_t>(sizes.size()), like.scalar_type(), like);
-}
-
 // A large fresh output costs more in page faults than in arithmetic; huge pages take most of that away.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (bytes >= int64_t{4} << 20 && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+inline Tensor allocate_like(const Tensor& like) {
+  std::vector<int64_t> sizes(like.dim());
+  for (size_t d = 0; d < sizes.size(); ++d) sizes[d] = like.size(static_cast<int64_t>(d));
+  Tensor tensor = allocate(sizes.data(), static_cast<int64_t>(sizes.size()), like.scalar_type(), like);
+  const int64_t bytes = static_cast<int64_t>(tensor.numel() * tensor.element_size());
+  if (bytes >= int64_t{2} << 20 && !is_cuda(tensor)) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 }  // namespace refine_ext::ops

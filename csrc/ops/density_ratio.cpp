@@ -133,7 +133,6 @@ std::tuple<Tensor, Tensor> density_ratio(const Tensor& h, std::optional<Tensor> 
                                          bool check) {
   Inputs inputs = gather(h, base_weights, shift, divergence, alpha, ratio);
   Tensor out = allocate_like(inputs.h);
-  advise_huge_pages(out.mutable_data_ptr(), static_cast<int64_t>(out.numel() * out.element_size()));
   Tensor stats = density_ratio_into(inputs, out, check);
   return {out, stats};
 }

@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <string>
 
 #include "../cpu/dispatch.h"
 #include "../math/density_ratio.h"
+#include "../math/philox.h"
 #include "build_info.h"
 
 namespace py = pybind11;
@@ -76,6 +78,11 @@ py::dict build_info() {
   return info;
 }
 
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const auto block = philox4x32<uint32_t>({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {block.word[0], block.word[1], block.word[2], block.word[3]};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -109,4 +116,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("log_ratio", &apply<log_ratio_of>, "log (f*)'(t) of outputs t, no shift.");
   m.def("conjugate", &apply<conjugate_of>, "f*(f'(e^x)) of log-ratios x.");
   m.def("score_factor", &apply<score_factor_of>, "(f*)''/(f*)' at log-ratios x.");
+  m.def("philox", &philox, py::arg("counter"), py::arg("key"),
+        "Philox4x32-10: four 32-bit words from a counter of four and a key of two.");
 }

@@ -1,0 +1,100 @@
+// Drawing indices on the CPU: the entry points that csrc/ops calls, and the table of per-ISA kernels behind them.
+// What is drawn is defined in csrc/math/resampling.h.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/resampling.h"
+#include "density_ratio.h"
+
+namespace refine_ext {
+
+struct ResamplingKernels {
+  // The mass of a chunk of at most kDrawChunk weights, or of log-weights. False: a weight is NaN, infinite (log: +inf)
+  // or negative.
+  bool (*measure)(Storage, bool log, const void* weights, int64_t begin, int64_t end, ChunkMass&);
+  // C_i of a chunk: base + align_mass(sum of masses so far, exponent - unit).
+  void (*boundaries)(Storage, bool log, const void* weights, int64_t begin, int64_t end, int64_t exponent, int64_t unit,
+                     uint64_t base, uint64_t* out);
+  // Numbers [first, first + count) of a sequence, two to a Philox block.
+  void (*random_numbers)(const PhiloxSequence&, uint64_t first, int64_t count, uint64_t* out);
+  // For `draws` ascending positions, the indices first_index + i of the elements that own them. Position k must lie near
+  // the element boundary c with origin + (c - base) * rate = k: at most one place off.
+  void (*place)(const uint64_t* boundaries, int64_t elements, uint64_t base, double origin, double rate,
+                const uint64_t* positions, int64_t draws, int64_t first_index, int64_t* out);
+  // The largest log-ratio of a range; NaN if there is a NaN or +inf.
+  double (*largest)(Storage, const void* log_ratio, int64_t begin, int64_t end);
+  // Acceptance decisions of a range of one row, with numbers offset + i; returns how many were kept.
+  int64_t (*accept)(Storage, const void* log_ratio, int64_t begin, int64_t end, const Acceptance&, const PhiloxSequence&,
+                    uint64_t offset, bool* keep);
+  // Steps [first, first + count) of a chain: the proposal's random bits, and log u.
+  void (*steps)(const PhiloxSequence&, uint64_t first, int64_t count, uint64_t* proposal, double* log_unit);
+};
+
+// Draws whose positions are in work at once: 32 KB.
+inline constexpr int64_t kPlaced = 4096;
+
+struct DrawSeeds {
+  const int64_t* seeds;
+  int64_t stride;  // 0: one seed, and the row is part of the counter; 1: a seed for each row, which is then row 0 of it
+  uint64_t offset;
+
+  PhiloxSequence sequence(int64_t row, Stream stream) const {
+    return {static_cast<uint64_t>(seeds[row * stride]), stride ? 0 : static_cast<uint64_t>(row), stream};
+  }
+};
+
+struct ResampleProblem {
+  const void* weights;  // [rows, n]
+  Storage storage;
+  bool log;
+  int64_t rows, n, num;
+  ResampleMethod method;
+  DrawSeeds seeds;
+  int64_t* out;  // [rows, num]
+};
+
+enum class DrawError : int { none, invalid, no_mass };
+
+// The first row with an error names it; what its row of `out` holds is unspecified.
+struct DrawReport {
+  DrawError error = DrawError::none;
+  int64_t row = -1;
+};
+
+DrawReport resample_cpu(const ResampleProblem&);
+
+struct RejectionProblem {
+  const void* log_ratio;  // [rows, n]
+  Storage storage;
+  int64_t rows, n;
+  const double* log_bound;  // [rows], or nullptr
+  const double* gamma;      // [rows], or nullptr: plain
+  double epsilon;
+  DrawSeeds seeds;
+  bool* keep;          // [rows, n]
+  double* new_bound;   // [rows]
+  int64_t* accepted;   // [rows]
+};
+
+DrawReport rejection_cpu(const RejectionProblem&);
+
+struct MetropolisProblem {
+  const void* log_ratio;  // [n]
+  Storage storage;
+  int64_t n, num, chains, burn_in, thin;
+  const double* initial;  // [chains], or nullptr
+  bool in_order;  // order "given"
+  int64_t seed;
+  int64_t* out;       // [chains, num]
+  int64_t* accepted;  // [chains]
+};
+
+// Steps of a chain whose last draw is number num - 1.
+inline int64_t metropolis_steps(int64_t num, int64_t burn_in, int64_t thin) {
+  return num > 0 ? burn_in + (num - 1) * thin + 1 : 0;
+}
+
+DrawReport metropolis_cpu(const MetropolisProblem&);
+
+}  // namespace refine_ext

@@ -1,0 +1,54 @@
+"""Refine any generative model with a discriminator, and bound how well it generalises.
+
+import refine_ext as rx
+disc = rx.fit_discriminator(real, fake)                       # or any discriminator of yours
+r = rx.density_ratio(disc(fake), "kl")                        # density ratios, normalised
+refined = fake[rx.resample(r.weights, num=len(fake))]         # samples of the refined model
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+import torch as _torch  # first: the libraries below need torch's  # noqa: F401
+
+from . import _C, _library, _ops  # noqa: F401  (loads the libraries, registers the ops)
+from .density_ratio import DensityRatio, density_ratio
+from .divergence import divergences
+from .resampling import Metropolis, Rejection, metropolis, rejection, resample
+from .variational_bound import logistic_loss, variational_bound
+
+if TYPE_CHECKING:
+    from .discriminator import Discriminator
+    from .fit import fit_discriminator
+
+__version__: str = _C.build_info()["version"]
+
+# Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
+_LAZY = {"fit_discriminator": "fit", "Discriminator": "discriminator"}
+
+__all__ = [
+    "DensityRatio",
+    "Discriminator",
+    "Metropolis",
+    "Rejection",
+    "density_ratio",
+    "divergences",
+    "fit_discriminator",
+    "logistic_loss",
+    "metropolis",
+    "rejection",
+    "resample",
+    "variational_bound",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(_import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,85 @@
+"""What the commands share: their own parameter types, and errors as one line."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+EXIT_ERROR, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class Size(click.ParamType):
+    """A number of bytes: 500MiB, 2G, 1073741824."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no size; write 500MiB, 2G or a number of bytes", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Temperature(click.ParamType):
+    """`auto`, or a number from 0 to 1."""
+
+    name = "auto|0..1"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | None:
+        if value is None or value == "auto":
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0.0 <= number <= 1.0:
+            self.fail(f"{value!r} is neither `auto` nor a number from 0 to 1", param, ctx)
+        return number
+
+
+def terminate(signum: int, frame: Any) -> NoReturn:
+    """A signal as an exception, so that temporaries are removed on the way out."""
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def reporting_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One line on stderr and a non-zero exit where `command` fails; the traceback only with
+    --debug."""
+
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted: nothing was written", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            if debug:
+                raise
+            click.echo(f"error: {_one_line(error)}", err=True)
+            sys.exit(EXIT_ERROR)
+
+    return run
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        # str() of one would lead with its number
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        text = (
+            f"out of memory; use a smaller --memory or --train-rows ({text[:120] or 'no details'})"
+        )
+    elif not isinstance(error, (ValueError, TypeError, OSError, ModuleNotFoundError)):
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    return text

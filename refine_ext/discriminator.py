@@ -1,0 +1,323 @@
+"""A trained discriminator: outputs, calibrated log-ratios, and its file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .calibration import Calibration, FitReport, log_ratio_at_full_strength
+from .networks import MLP, Features, LinearOnFeatures, RandomFourierFeatures, batch_output
+from .samples import as_tensor
+
+_FORMAT = "refine_ext.discriminator"
+_VERSION = 1
+_MAGIC = {
+    b"\x80": "a Python pickle",
+    b"PK": "a zip archive such as torch.save or numpy.savez writes",
+    b"\x93NUMPY": "a NumPy .npy file",
+}
+
+
+@dataclass
+class Architecture:
+    """What is needed to build the network again before its weights are read."""
+
+    model: str
+    shape: tuple[int, ...]
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
+    features: int = 0
+    given_features: bool = False
+
+    def build(self, *, model: nn.Module | None = None, features: Features | None = None):
+        """The network with arbitrary weights.
+
+        Raises:
+            ValueError: the caller's module or features are needed and were not given.
+        """
+        width = math.prod(self.shape)
+        if self.model == "mlp":
+            return MLP(width, self.hidden, self.dropout)
+        if self.model == "linear" and self.given_features:
+            if features is None:
+                raise ValueError(
+                    "Discriminator.load: the file holds weights on features of your own; "
+                    "give the same function as load(path, features=function)"
+                )
+            return LinearOnFeatures(features, self.features)
+        if self.model == "linear":
+            return LinearOnFeatures(RandomFourierFeatures(width, self.features), self.features)
+        if model is None:
+            raise ValueError(
+                f"Discriminator.load: the file holds a module of your own ({self.model}); "
+                "give one of the same architecture as load(path, model=module)"
+            )
+        return model
+
+
+class Discriminator(nn.Module):
+    """A network ``h`` with what turns its output into a calibrated, tempered log density ratio.
+
+    ``log r_tau(x) = tau log r(x) - log E_fake[r^tau]``, ``r = (f*)'(h(x) - nu)`` for a variational
+    output, ``log r = h(x) - nu`` for a logit. ``nu`` and the expectation come from generated
+    samples held out of training, tau from :func:`refine_ext.fit_discriminator`'s guard.
+
+    Attributes:
+        kind: "variational" or "logit".
+        divergence: the f-divergence's name.
+        shift: ``nu``.
+        temperature: ``tau``; may be set to any number in [0, 1].
+        report: the :class:`FitReport` of the fit, or None.
+        reference: ``[m]`` float64 full-strength log-ratios of held-out generated samples.
+
+    Source: Husain, De Bortoli and Nock 2026 (refined model).
+
+    >>> disc = Discriminator.load("d.safetensors")  # doctest: +SKIP
+    >>> disc.log_ratio(samples)                     # doctest: +SKIP
+    """
+
+    reference: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        architecture: Architecture,
+        calibration: Calibration,
+        *,
+        reference: Tensor,
+        report: FitReport | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.architecture = architecture
+        self.calibration = calibration
+        self.report = report
+        self.register_buffer("reference", reference.detach().double().clone())
+
+    @property
+    def kind(self) -> str:
+        """ "variational" or "logit"."""
+        return self.calibration.kind
+
+    @property
+    def divergence(self) -> str:
+        """The f-divergence's name."""
+        return self.calibration.divergence
+
+    @property
+    def shift(self) -> float:
+        """The fixed shift ``nu``."""
+        return self.calibration.shift
+
+    @property
+    def temperature(self) -> float:
+        """The guard's ``tau``; setting it changes :meth:`log_ratio`."""
+        return self.calibration.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"Discriminator: temperature must be in [0, 1], got {value}")
+        self.calibration.temperature = float(value)
+
+    @property
+    def log_normalizer(self) -> float:
+        """``log E_fake[r^tau]`` over the reference samples."""
+        tempered = self.temperature * self.reference
+        return float(torch.logsumexp(tempered, 0)) - math.log(len(self.reference))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The raw output ``[n]`` for a batch ``[n, ...]``."""
+        return batch_output(self.network, x)
+
+    def log_ratio(self, x: Any, *, batch_size: int | None = None) -> Tensor:
+        """Normalised, tempered log density ratio of each sample.
+
+        Args:
+            x: ``[n, ...]`` array or tensor with the trained trailing shape, floating or uint8.
+                Arrays are read in batches, so a memory map is never loaded as a whole. Gradients
+                flow to a tensor that requires them (then in one batch).
+            batch_size: samples a batch; by default what keeps a batch near 16 MB.
+
+        Returns:
+            ``[n]`` log-ratios on the discriminator's device, NaN where the sample has one.
+
+        Raises:
+            TypeError: not an array or tensor, or an unsupported dtype.
+            ValueError: the trailing shape is not the trained one.
+        """
+        shape = tuple(x.shape[1:]) if hasattr(x, "shape") else None
+        if shape == () and self.architecture.shape == (1,):
+            shape = (1,)
+        if shape is not None and shape != self.architecture.shape:
+            raise ValueError(
+                "Discriminator.log_ratio: x must be [n, "
+                f"{', '.join(map(str, self.architecture.shape))}] as trained, "
+                f"got {list(x.shape)}"
+            )
+        if batch_size is None:
+            batch_size = max(1, (4 << 20) // max(1, math.prod(self.architecture.shape)))
+        elif batch_size < 1:
+            raise ValueError(
+                f"Discriminator.log_ratio: batch_size must be at least 1, got {batch_size}"
+            )
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            return self._tempered(self(x.to(self.reference.device)))
+        if shape is None or len(x) == 0:
+            as_tensor(x, function="Discriminator.log_ratio", argument="x")
+            return self.reference.new_zeros(0)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                parts = []
+                for start in range(0, len(x), batch_size):
+                    block = as_tensor(
+                        x[start : start + batch_size],
+                        function="Discriminator.log_ratio",
+                        argument="x",
+                    )
+                    parts.append(self._tempered(self(block.to(self.reference.device))))
+        finally:
+            self.train(training)
+        return torch.cat(parts)
+
+    def _tempered(self, output: Tensor) -> Tensor:
+        if self.temperature == 0.0:
+            # Not 0 * log r: that is NaN where r = 0.
+            return torch.where(torch.isnan(output), output, torch.zeros_like(output))
+        full = log_ratio_at_full_strength(output, self.calibration)
+        return self.temperature * full - self.log_normalizer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and configuration to a safetensors file, whole or not at all.
+
+        Args:
+            path: the file; replaced if it exists. ``model="mlp"`` and ``"linear"`` are rebuilt
+                from it alone; a module or features of your own are given again to :meth:`load`.
+
+        Raises:
+            OSError: the file cannot be written; an older file is then left as it was.
+        """
+        calibration = {k: _jsonable(v) for k, v in asdict(self.calibration).items()}
+        metadata = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "architecture": json.dumps(asdict(self.architecture)),
+            "calibration": json.dumps(calibration),
+            "report": json.dumps(self.report.to_dict() if self.report else None),
+        }
+        # Clones: safetensors refuses tensors that share memory, such as tied weights.
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        from .output import replacing
+
+        try:
+            with replacing(Path(path)) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"Discriminator.save: cannot write {path}: {error}") from error
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        features: Features | None = None,
+        device: str | torch.device | None = None,
+    ) -> Discriminator:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the safetensors file.
+            model: for a file of a module of your own, one of the same architecture; the weights
+                are loaded into it.
+            features: for ``model="linear"`` on features of your own, the same function.
+            device: where to put it; the CPU by default.
+
+        Returns:
+            The discriminator in evaluation mode, with outputs bit-equal to the saved one's.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a pickle, another foreign file, a truncated one, or a module that does not
+                fit the weights.
+        """
+        tensors, metadata = _read(Path(path))
+        try:
+            architecture_values = json.loads(metadata["architecture"])
+            calibration_values = json.loads(metadata["calibration"])
+            report_values = json.loads(metadata["report"])
+            for name in ("shape", "hidden"):
+                architecture_values[name] = tuple(architecture_values[name])
+            architecture = Architecture(**architecture_values)
+            calibration = Calibration(**{k: _number(v) for k, v in calibration_values.items()})
+            report = FitReport.from_dict(report_values) if report_values else None
+            reference = tensors["reference"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"Discriminator.load: {path} has a damaged configuration: {error!r}"
+            ) from None
+        network = architecture.build(model=model, features=features)
+        result = cls(network, architecture, calibration, reference=reference, report=report)
+        try:
+            result.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"Discriminator.load: the weights of {path} do not fit the model: {reason}"
+            ) from None
+        return result.to(device or "cpu").eval()
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no infinities; they are written as strings that float() reads."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def _refusal(path: Path, reason: str) -> str:
+    # Only after safetensors refused it: a sound file's first byte, a length, may look like these.
+    with path.open("rb") as file:
+        head = file.read(8)
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            return (
+                f"{path} is {what}, refused because such files can run code when read; "
+                "use a file written by Discriminator.save (safetensors)"
+            )
+    size = path.stat().st_size
+    return f"{path} ({size} bytes) is truncated or not a safetensors file: {reason}"
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys()) if metadata.get("format") == _FORMAT else []
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"Discriminator.load: {_refusal(path, str(error))}") from None
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"Discriminator.load: {path} is a safetensors file but not one written by "
+            "Discriminator.save"
+        )
+    if metadata.get("version") != str(_VERSION):
+        raise ValueError(
+            f"Discriminator.load: {path} has format version {metadata.get('version')}, "
+            f"this package reads {_VERSION}"
+        )
+    return tensors, metadata

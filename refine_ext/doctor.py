@@ -1,0 +1,70 @@
+"""What this installation is: build, SIMD level, threads, and whether CUDA loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def diagnose() -> dict[str, Any]:
+    """Facts about the installed package and the machine, as plain values.
+
+    Returns:
+        A dict of strings, numbers, lists and booleans, in the order they are worth reading.
+
+    Example:
+        >>> "torch" in diagnose()
+        True
+    """
+    import platform
+
+    import torch
+
+    from . import _C, __version__
+    from ._library import cuda_status
+
+    build = dict(_C.build_info())
+    loaded, reason = cuda_status()
+    return {
+        "refine_ext": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda or "none (CPU build)",
+        "threads": torch.get_num_threads(),
+        "cuda_loaded": loaded,
+        "cuda_status": reason,
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "build": build,
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts of `diagnose` as aligned lines."""
+    build = facts["build"]
+    rows = [
+        ("refine_ext", facts["refine_ext"]),
+        ("python", f"{facts['python']} on {facts['machine']}"),
+        ("torch", f"{facts['torch']}, CUDA {facts['torch_cuda']}"),
+        ("threads", facts["threads"]),
+        ("SIMD level", f"{build.get('simd_level')} of {_text(build.get('simd_compiled'))}"),
+        ("CUDA built", _cuda_built(build)),
+        ("CUDA loads", "yes" if facts["cuda_loaded"] else f"no: {facts['cuda_status']}"),
+        ("CUDA devices", _text(facts["cuda_devices"])),
+    ]
+    shown = {"version", "simd_level", "simd_compiled", "cuda", "cuda_architectures", "cuda_version"}
+    rows += [(key.replace("_", " "), _text(build[key])) for key in build if key not in shown]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _cuda_built(build: dict[str, Any]) -> str:
+    if not build.get("cuda"):
+        return "no"
+    architectures = _text(build.get("cuda_architectures"))
+    return f"yes, CUDA {build.get('cuda_version')}, architectures {architectures}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

@@ -1,0 +1,86 @@
+"""Samples as users hold them (NumPy or torch, any trailing shape) made ready for a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MIN_SAMPLES = 10
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def as_tensor(x: Any, *, function: str, argument: str) -> Tensor:
+    """A floating tensor over the same memory where the type allows it; uint8 becomes float32.
+
+    Raises:
+        TypeError: not an array or tensor, or neither floating nor uint8.
+        ValueError: no sample dimension.
+    """
+    if isinstance(x, Tensor):
+        tensor = x.detach()
+    elif isinstance(x, np.ndarray):
+        if x.dtype != np.uint8 and x.dtype not in (np.float16, np.float32, np.float64):
+            raise TypeError(
+                f"{function}: {argument} must be floating or uint8, got a NumPy {x.dtype} array"
+            )
+        # asarray also undoes foreign byte orders; read-only maps are copied by torch's rules.
+        native = np.asarray(x, dtype=x.dtype.newbyteorder("="))
+        if not native.flags.writeable or any(s < 0 for s in native.strides):
+            native = native.copy()
+        tensor = torch.from_numpy(native)
+    else:
+        raise TypeError(
+            f"{function}: {argument} must be a NumPy array or a torch tensor, "
+            f"got {type(x).__name__}"
+        )
+    if tensor.dtype in (torch.uint8, torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    elif tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{function}: {argument} must be floating or uint8, got {tensor.dtype}")
+    if tensor.ndim == 0:
+        raise ValueError(f"{function}: {argument} must be [n, ...], got a 0-dim value")
+    return tensor.unsqueeze(1) if tensor.ndim == 1 else tensor
+
+
+def check_samples(real: Any, fake: Any, *, function: str) -> tuple[Tensor, Tensor]:
+    """Both sample sets as floating tensors of equal trailing shape, finite and numerous enough.
+
+    Raises:
+        TypeError: a type or dtype that is not supported.
+        ValueError: empty or too small, not finite, shapes that differ, or no feature that varies.
+    """
+    pair = []
+    for argument, x in (("real", real), ("fake", fake)):
+        tensor = as_tensor(x, function=function, argument=argument)
+        if tensor.numel() == 0:
+            raise ValueError(f"{function}: {argument} is empty, shape {list(tensor.shape)}")
+        if len(tensor) < MIN_SAMPLES:
+            raise ValueError(
+                f"{function}: {argument} has {len(tensor)} samples, "
+                f"at least {MIN_SAMPLES} are needed to train and to hold some out"
+            )
+        bad = count_nonfinite(tensor)
+        if bad:
+            raise ValueError(
+                f"{function}: {argument} has {bad} NaN or infinite values of {tensor.numel()}; "
+                "only finite values are allowed"
+            )
+        pair.append(tensor)
+    first, second = pair
+    if first.shape[1:] != second.shape[1:]:
+        raise ValueError(
+            f"{function}: real and fake must have the same features, got "
+            f"{list(first.shape[1:])} and {list(second.shape[1:])} per sample"
+        )
+    if all(bool((x == first[:1]).all()) for x in pair):
+        raise ValueError(f"{function}: real and fake are constant: every sample is the same")
+    return first, second
+
+
+def count_nonfinite(x: Tensor) -> int:
+    """How many entries are NaN or infinite, in blocks of bounded memory."""
+    rows = max(1, _BLOCK_ELEMENTS // max(1, x[0].numel()))
+    return sum(int((~torch.isfinite(block)).sum()) for block in x.split(rows))

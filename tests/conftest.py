@@ -1,0 +1,43 @@
+"""What every test shares: reproducible random numbers, hypothesis without wall-clock limits, and which marks run where."""
+
+from __future__ import annotations
+
+import os
+
+# Worker processes of pytest-xdist and the machine's other users share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomised: a failure is the same failure for everybody; REFINE_EXT_HYPOTHESIS=random explores new examples.
+settings.register_profile(
+    "fixed", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("random", parent=settings.get_profile("fixed"), derandomize=False, max_examples=400)
+settings.load_profile(os.environ.get("REFINE_EXT_HYPOTHESIS", "fixed"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marks = config.getoption("-m") or ""
+    no_cuda = pytest.mark.skip(reason="needs a CUDA device")
+    on_demand = pytest.mark.skip(reason="takes minutes; run with -m slow")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(no_cuda)
+        if item.get_closest_marker("slow") and "slow" not in marks:
+            item.add_marker(on_demand)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads of torch, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
