@@ -20,7 +20,7 @@ RowProblem row_problem(const DensityRatioProblem& problem, bool fixed) {
 
 int64_t workspace_of(const RowProblem& problem, int64_t real_n) {
   if (problem.n <= kRowLimit && real_n <= kRowLimit) return 0;
-  const Launch shape = DensityRatioLaunches<float>::long_row_launch(problem.rows, problem.n, problem.storage);
+  const Launch shape = long_row_launch(problem.rows, problem.n, problem.storage);
   const int64_t real_parts = real_n ? reducing_launch(problem.rows, real_n, problem.storage).layout.parts : 0;
   return plan_workspace(problem.rows, shape.layout.parts, is_searched(problem), real_parts).total();
 }

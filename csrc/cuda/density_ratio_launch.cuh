@@ -1,5 +1,5 @@
-// Which kernels a call launches, over how many blocks. Instantiated once per storage type (density_ratio_*.cu), which
-// is what the build compiles side by side.
+// Over how many blocks a call's kernels are launched, and how the launches are divided among files that the build
+// compiles side by side: one per storage type, and one for the kernels that serve several.
 #pragma once
 
 #include "density_ratio.h"
@@ -34,7 +34,8 @@ inline Launch row_launch(int64_t rows, int64_t n) {
 inline Launch pass_launch(int64_t rows, int64_t n, Storage storage, int per_multiprocessor) {
   if (n <= 1024) return make_launch(kWarp, 1, kThreads, rows);
   const int64_t packs = n * size_of(storage) / 16;
-  const int64_t useful = ceil_div(packs, 2 * kThreads), wanted = ceil_div(int64_t{per_multiprocessor} * multiprocessors(), rows);
+  const int64_t useful = ceil_div(packs, 2 * kThreads);
+  const int64_t wanted = ceil_div(int64_t{per_multiprocessor} * multiprocessors(), rows > 1 ? rows : 1);
   const int64_t parts = useful < wanted ? useful : wanted;
   return make_launch(kThreads, parts < 1 ? 1 : parts, kThreads, rows);
 }
@@ -43,6 +44,13 @@ inline Launch reducing_launch(int64_t rows, int64_t n, Storage storage) {
 }
 inline Launch elementwise_launch(int64_t rows, int64_t n, Storage storage) {
   return pass_launch(rows, n, storage, 2 * kBlocksPerMultiprocessor);
+}
+
+// Long rows take whole blocks, however short the row is beside the real outputs of its bound.
+inline Launch long_row_launch(int64_t rows, int64_t n, Storage storage) {
+  Launch shape = reducing_launch(rows, n, storage);
+  if (shape.layout.team == kWarp) shape = make_launch(kThreads, 1, kThreads, rows);
+  return shape;
 }
 
 struct WorkspacePlan {
@@ -106,8 +114,6 @@ void with_dual_form(Form form, F&& f) {
   }
 }
 
-// ---- the calls, for one storage type
-
 // The kernels that depend on the compute type only, in density_ratio_search.cu.
 template <class C>
 struct SearchLaunches {
@@ -116,136 +122,18 @@ struct SearchLaunches {
   static void finish(const RowProblem&, const Workspace&, RatioStats*, const BoundArguments&, void* stream);
 };
 
-template <Form kForm, class T>
-void launch_search(const RowProblem& problem, const Launch& shape, const Workspace& work, void* stream) {
-  using Search = SearchLaunches<Compute<kForm, T>>;
-  Search::guess(problem, work, stream);
-  if (problem.fixed) return;
-  const auto evaluate = problem.weights ? evaluate_kernel<kForm, T, true> : evaluate_kernel<kForm, T, false>;
-  for (int index = 0; index < kEvaluations; ++index) {
-    launch("density_ratio", evaluate, shape.blocks, shape.threads, stream, problem, shape.layout, work, index);
-  }
-  Search::settle(problem, work, stream);
-}
-
-template <class T>
-void launch_scan(const RowProblem& problem, const Launch& shape, const Workspace& work, void* stream) {
-  const bool exponential = problem.family.form == Form::exponential;
-  const auto kernel = problem.weights ? (exponential ? scan_kernel<T, true, true> : scan_kernel<T, true, false>)
-                                      : (exponential ? scan_kernel<T, false, true> : scan_kernel<T, false, false>);
-  launch("density_ratio", kernel, shape.blocks, shape.threads, stream, problem, shape.layout, work);
-}
-
+// All launches of one storage type; defined in density_ratio_storage.cuh.
 template <class T>
 struct DensityRatioLaunches {
-  static void run(const RowProblem& problem, RatioStats* stats, const BoundArguments& bound, void* workspace,
-                  void* stream) {
-    const char* op = "density_ratio";
-    const int64_t longest = bound.values && bound.real_n > problem.n ? bound.real_n : problem.n;
-    if (longest <= kRowLimit) {
-      const Launch shape = row_launch(problem.rows, problem.n);
-      with_form(problem.family.form, [&](auto form) {
-        launch(op, density_ratio_rows_kernel<decltype(form)::value, T>, shape.blocks, shape.threads, stream, problem,
-               shape.layout, stats, bound);
-      });
-      return;
-    }
-    const Launch shape = long_row_launch(problem.rows, problem.n, problem.storage);
-    Launch real{};
-    if (bound.values) real = reducing_launch(problem.rows, bound.real_n, problem.storage);
-    const WorkspacePlan plan =
-        plan_workspace(problem.rows, shape.layout.parts, is_searched(problem), real.layout.parts);
-    const Workspace work = carve(workspace, plan, problem.rows, shape.layout.parts, real.layout.parts);
-    if (bound.values) {
-      launch(op, real_sum_kernel<T>, real.blocks, real.threads, stream, bound, real.layout, problem.rows, work.real);
-    }
-    launch_scan<T>(problem, shape, work, stream);
-    with_form(problem.family.form, [&](auto tag) {
-      constexpr Form kForm = decltype(tag)::value;
-      if constexpr (kForm != Form::exponential) {
-        launch_search<kForm, T>(problem, shape, work, stream);
-      }
-      const auto write = [&](auto kernel) {
-        launch(op, kernel, shape.blocks, shape.threads, stream, problem, shape.layout, work, stats);
-      };
-      switch (problem.output) {
-        case Output::log_ratio: write(write_kernel<kForm, T, Output::log_ratio>); break;
-        case Output::ratio: write(write_kernel<kForm, T, Output::ratio>); break;
-        default:
-          if constexpr (kForm != Form::exponential) write(write_kernel<kForm, T, Output::none>);
-      }
-      if (kForm != Form::exponential || bound.values) {
-        SearchLaunches<Compute<kForm, T>>::finish(problem, work, stats, bound, stream);
-      }
-    });
-  }
-
-  // Long rows take whole blocks, however short the row is beside the real outputs of its bound.
-  static Launch long_row_launch(int64_t rows, int64_t n, Storage storage) {
-    Launch shape = reducing_launch(rows, n, storage);
-    if (shape.layout.team == kWarp) shape = make_launch(kThreads, 1, kThreads, rows);
-    return shape;
-  }
-
-  static void bound_backward(const RowProblem& problem, const RatioStats* stats, const void* grad, bool wide,
-                             void* stream) {
-    const Launch shape = elementwise_launch(problem.rows, problem.n, problem.storage);
-    with_form(problem.family.form, [&](auto tag) {
-      launch("variational_bound_backward", bound_backward_kernel<decltype(tag)::value, T>, shape.blocks, shape.threads,
-             stream, problem, shape.layout, stats, grad, wide);
-    });
-  }
-
-  static void backward(const RowProblem& problem, const void* log_ratio, const void* grad, const RatioStats* stats,
-                       const double* grad_stats, double* sums, void* stream) {
-    const char* op = "density_ratio_backward";
-    const Launch shape = reducing_launch(problem.rows, problem.n, problem.storage);
-    const T* x = static_cast<const T*>(log_ratio);
-    const T* g = static_cast<const T*>(grad);
-    with_dual_form(problem.family.form, [&](auto tag) {
-      constexpr Form kForm = decltype(tag)::value;
-      if (sums) {
-        launch(op, backward_sums_kernel<kForm, T>, shape.blocks, shape.threads, stream, problem, shape.layout, x, g,
-               sums);
-      }
-      launch(op, backward_kernel<kForm, T>, shape.blocks, shape.threads, stream, problem, shape.layout, x, g, stats,
-             grad_stats, static_cast<const double*>(sums));
-    });
-  }
-
-  static void output(const void* x, void* out, int64_t n, const Family& family, Storage storage, void* stream) {
-    const Launch shape = elementwise_launch(1, n, storage);
-    with_dual_form(family.form, [&](auto tag) {
-      launch("dual_output", dual_output_kernel<decltype(tag)::value, T>, shape.blocks, shape.threads, stream,
-             static_cast<const T*>(x), static_cast<T*>(out), n, shape.layout, family);
-    });
-  }
-
+  static void run(const RowProblem&, RatioStats*, const BoundArguments&, void* workspace, void* stream);
+  static void bound_backward(const RowProblem&, const RatioStats*, const void* grad, bool wide, void* stream);
+  static void backward(const RowProblem&, const void* log_ratio, const void* grad, const RatioStats*,
+                       const double* grad_stats, double* sums, void* stream);
+  static void output(const void* x, void* out, int64_t n, const Family&, Storage, void* stream);
   static void slope(const void* x, const void* grad, const void* row_grad, bool wide, void* out, int64_t rows,
-                    int64_t n, const Family& family, bool conjugated, Storage storage, void* stream) {
-    const Launch shape = elementwise_launch(rows, n, storage);
-    with_dual_form(family.form, [&](auto tag) {
-      constexpr Form kForm = decltype(tag)::value;
-      launch("dual_slope", conjugated ? dual_slope_kernel<kForm, T, true> : dual_slope_kernel<kForm, T, false>,
-             shape.blocks, shape.threads, stream, static_cast<const T*>(x), static_cast<const T*>(grad), row_grad, wide,
-             static_cast<T*>(out), rows, n, shape.layout, family);
-    });
-  }
-
-  static void sum(const void* x, int64_t rows, int64_t n, const Family& family, bool conjugated, Storage storage,
-                  double* sums, void* stream) {
-    const Launch shape = reducing_launch(rows, n, storage);
-    with_dual_form(family.form, [&](auto tag) {
-      constexpr Form kForm = decltype(tag)::value;
-      launch("dual_bound", conjugated ? dual_sum_kernel<kForm, T, true> : dual_sum_kernel<kForm, T, false>,
-             shape.blocks, shape.threads, stream, static_cast<const T*>(x), rows, n, shape.layout, family, sums);
-    });
-  }
+                    int64_t n, const Family&, bool conjugated, Storage, void* stream);
+  static void sum(const void* x, int64_t rows, int64_t n, const Family&, bool conjugated, Storage, double* sums,
+                  void* stream);
 };
-
-extern template struct DensityRatioLaunches<float>;
-extern template struct DensityRatioLaunches<double>;
-extern template struct DensityRatioLaunches<Half>;
-extern template struct DensityRatioLaunches<BFloat16>;
 
 }  // namespace refine_ext::cuda

@@ -250,8 +250,8 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
   return state;
 }
 
-// One step of the search from the sums at state.anchor. Newton's error is quadratic near the root, so that a step from
-// an error e is taken on trust once e^2 is far below the tolerance.
+// One step of the search from the sums at state.anchor. Newton's error is quadratic near the root, the steeper the
+// larger c is, so that a step from an error e is taken on trust once e^2 (1 + c^2) is far below the tolerance.
 template <Form kForm>
 __device__ __forceinline__ void advance(RowState& state, Family family, double ratio, double moment, double tolerance) {
   family.form = kForm;
@@ -271,7 +271,7 @@ __device__ __forceinline__ void advance(RowState& state, Family family, double r
     return;
   }
   state.anchor = solved_anchor(family, state.maximum, state.search.log_max);
-  if (error * error <= 0.3 * tolerance) state.status = Status::settled;
+  if (error * error * (1.0 + family.c * family.c) <= 0.1 * tolerance) state.status = Status::settled;
 }
 
 __device__ __forceinline__ RatioStats invalid_stats() {

@@ -238,7 +238,7 @@ void prepare(Fiber& fiber, int index, int64_t block_index, int threads, int set)
 #endif
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
-  *(top -= 2) = nullptr;  // so that the stack is aligned as after a call
+  *--top = nullptr;  // a return address: the stack is aligned as after a call
   *--top = reinterpret_cast<void*>(&entry);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
   fiber.stack_pointer = top;
