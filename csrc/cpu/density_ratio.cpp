@@ -24,22 +24,9 @@ namespace {
 constexpr int64_t kSubsample = 16 * kBlock;
 constexpr int64_t kSubsampleRun = 32;              // consecutive samples, so that a cache line is used whole
 constexpr int64_t kStreamBytes = int64_t{8} << 20; // outputs beyond this do not stay in cache anyway
-constexpr int kMaxSteps = 100;
-
-size_t size_of(Storage storage) {
-  switch (storage) {
-    case Storage::float64: return 8;
-    case Storage::float32: return 4;
-    default: return 2;
-  }
-}
-
-// |E r - 1| at which the search stops. Float32: a few roundings of a ratio, a third of the 1e-6 that is promised.
-// Float64: rounding errors of the sums leave 1e-13 at most.
-double tolerance_of(Storage storage) { return storage == Storage::float64 ? 1e-12 : 3e-7; }
 
 const void* offset(const void* p, int64_t elements, Storage storage) {
-  return p ? static_cast<const char*>(p) + elements * static_cast<int64_t>(size_of(storage)) : nullptr;
+  return p ? static_cast<const char*>(p) + elements * size_of(storage) : nullptr;
 }
 
 void add(RatioSums& total, const RatioSums& part) {
@@ -75,7 +62,7 @@ class Group {
     out_ = const_cast<void*>(offset(problem.out, row * n_, problem.storage));
     in_place_ = out_ == h_;
     // A streamed line is written whole: the first one must start where a vector does.
-    stream_ = n_ * static_cast<int64_t>(size_of(problem.storage)) > kStreamBytes &&
+    stream_ = n_ * size_of(problem.storage) > kStreamBytes &&
               reinterpret_cast<uintptr_t>(out_) % 64 == 0;
   }
 
@@ -145,7 +132,7 @@ bool base_underflows(Storage storage, const Family& family, double log_max) {
 // subsample misses: those beyond its maximum are taken from the blocks' maxima, where nearly each has a block to itself.
 void Group::first_guess(ShiftSearch& search, double maximum, const std::vector<double>& block_maxima) const {
   const int64_t runs = kSubsample / kSubsampleRun, stride = n_ / runs;
-  const size_t size = size_of(problem_.storage);
+  const size_t size = static_cast<size_t>(size_of(problem_.storage));
   std::vector<char> h(kSubsample * size), w(weights_ ? kSubsample * size : 0);
   for (int64_t run = 0; run < runs; ++run) {
     const int64_t from = run * stride, to = run * kSubsampleRun;
@@ -233,10 +220,7 @@ RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, do
   }
 
   const double infinity = std::numeric_limits<double>::infinity();
-  const double cap = family.form == Form::power ? kLargestExponent / std::fabs(family.c) : kLargestExponent;
-  // From above, where one ratio holds all the mass, Newton comes down monotonically for most forms.
-  const double log_n = std::log(static_cast<double>(n_));
-  ShiftSearch search{-1e-6, std::min(cap, weights_ ? infinity : log_n + 1e-6), std::min(cap, log_n)};
+  ShiftSearch search = begin_search(family, n_, weights_ != nullptr);
   if (large) first_guess(search, scanned.maximum, block_maxima);
 
   const double tolerance = tolerance_of(problem_.storage);
@@ -285,7 +269,7 @@ void Group::write_scaled_ratio(const RatioStats& stats, bool solved, double scal
 
 void Group::fill_nan() const {
   // All bits set is a NaN in each of the four storage types.
-  if (out_) std::memset(out_, 0xff, static_cast<size_t>(n_) * size_of(problem_.storage));
+  if (out_) std::memset(out_, 0xff, static_cast<size_t>(n_ * size_of(problem_.storage)));
 }
 
 // Calls body(row, threaded) for every row: rows side by side when they are short, threads inside one when it is long.

@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
-#include "../math/density_ratio.h"
+#include "../math/density_ratio_problem.h"
 
 namespace refine_ext {
-
-enum class Storage : int { float32, float64, float16, bfloat16 };
-
-// What a pass over the samples leaves behind besides its sums.
-enum class Output : int { none, log_ratio, ratio };
 
 inline constexpr int64_t kBlock = 4096;        // samples between two additions to the float64 sums
 inline constexpr int64_t kChunk = 16 * kBlock; // samples of one task; sums do not depend on the thread count
@@ -63,33 +58,7 @@ struct DensityRatioKernels {
   double (*dual_sum)(Storage, const void* x, int64_t begin, int64_t end, const Family&, bool conjugate);
 };
 
-// ---- entry points; rows x n, contiguous rows
-
-struct DensityRatioProblem {
-  const void* h;
-  const void* weights;  // [rows, n], [n] if weight_stride is 0, or nullptr
-  void* out;
-  Storage storage;
-  int64_t rows, n, weight_stride;
-  Family family;
-  const double* shift;  // [rows], [1] if shift_stride is 0, or nullptr: solved
-  int64_t shift_stride;
-  Output output;
-};
-
-// One row of the `stats` result, in this order.
-struct RatioStats {
-  double shift;         // nu; the logit's normaliser for Divergence::logit
-  double log_sum;       // log sum w r
-  double log_square;    // log sum (w r)^2
-  double log_largest;   // log max w r
-  double log_weight;    // log sum w
-  double log_max;       // log r at the anchor
-  double anchor;        // h at the anchor, and its low part
-  double anchor_low;
-};
-inline constexpr int kStats = 8;
-static_assert(sizeof(RatioStats) == kStats * sizeof(double));
+// ---- entry points
 
 enum class RatioError : int { none, invalid_input, outside_domain, not_converged };
 

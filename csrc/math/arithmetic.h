@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#if defined(__CUDACC__) || defined(REFINE_EXT_CUDA_ON_CPU)
+#if defined(__CUDACC__)
 #define REFINE_EXT_INLINE __host__ __device__ __forceinline__
 #else
 // always_inline: the same template is compiled for several instruction sets, and no out-of-line copy may be shared.

@@ -1,0 +1,243 @@
+// The elementwise functions of log-ratios, their sums, and the gradients. Bytes moved a float32 sample: dual_output and
+// the bound's backward 8, dual_slope 8 (12 with an elementwise gradient), dual_bound 4, the backward of log r 12, and
+// 8 more for the sums of a solved shift.
+#pragma once
+
+#include "density_ratio_passes.cuh"
+
+namespace refine_ext::cuda {
+
+// Only these forms have code of their own in csrc/math/divergence.h; the other powers share Form::power's.
+constexpr Form dual_form(Form form) {
+  switch (form) {
+    case Form::exponential:
+    case Form::reciprocal:
+    case Form::logistic:
+    case Form::lambert: return form;
+    default: return Form::power;
+  }
+}
+
+template <Form kForm, class C>
+struct DualOutputPass : Pass {
+  Family family;
+  __device__ __forceinline__ C sample(const C* x) {
+    family.form = kForm;
+    return dual_output(family, x[0]);
+  }
+};
+
+// x[1] is the upstream gradient, or one.
+template <Form kForm, class C, bool kConjugate>
+struct DualSlopePass : Pass {
+  Family family;
+  C scale;
+  __device__ __forceinline__ C sample(const C* x) {
+    family.form = kForm;
+    return x[1] * scale * (kConjugate ? conjugate_slope(family, x[0]) : dual_slope(family, x[0]));
+  }
+};
+
+template <Form kForm, class C, bool kConjugate>
+struct DualSumPass : Pass {
+  Family family;
+  C part = C(0);
+  double total = 0.0;
+  __device__ __forceinline__ C sample(const C* x) {
+    family.form = kForm;
+    part += kConjugate ? conjugate(family, x[0]) : dual_output(family, x[0]);
+    return part;
+  }
+  __device__ __forceinline__ void flush() {
+    total += static_cast<double>(part);
+    part = C(0);
+  }
+};
+
+template <Form kForm, class C>
+__device__ __forceinline__ C factor_at(Family family, C log_ratio) {
+  family.form = kForm;
+  const C factor = score_factor(family, log_ratio);
+  // Where the ratio is clipped to zero it does not move: c = 0, not k 0^c.
+  return family.c < 0.0 && log_ratio == -std::numeric_limits<C>::infinity() ? C(0) : factor;
+}
+
+// Inputs: upstream gradient, log r, weight.
+template <Form kForm, class C>
+struct BackwardSumsPass : Pass {
+  Family family;
+  C part_through = C(0), part_slope = C(0);
+  double through = 0.0, slope = 0.0;
+  __device__ __forceinline__ C sample(const C* x) {
+    const C c = factor_at<kForm>(family, x[1]), ratio = Arithmetic<C>::exp(x[1]);
+    const C share = ratio == C(0) ? C(0) : ratio * c;
+    // A clipped or excluded sample passes nothing on, whatever its upstream gradient (inf * 0).
+    part_slope += x[2] > C(0) ? share * x[2] : C(0);
+    part_through += c == C(0) ? C(0) : c * x[0];
+    return share;
+  }
+  __device__ __forceinline__ void flush() {
+    through += static_cast<double>(part_through);
+    slope += static_cast<double>(part_slope);
+    part_through = part_slope = C(0);
+  }
+};
+
+template <Form kForm, class C>
+struct BackwardPass : Pass {
+  Family family;
+  C through_ratio;
+  __device__ __forceinline__ C sample(const C* x) {
+    const C c = factor_at<kForm>(family, x[1]);
+    const C share = Arithmetic<C>::exp(x[1]) * through_ratio * x[2];
+    return c == C(0) ? C(0) : c * (x[0] + share);
+  }
+};
+
+template <Form kForm, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_output_kernel(const T* x, T* out, const int64_t n, const Layout layout,
+                                                              const Family family) {
+  using C = typename ComputeOf<T>::type;
+  const Team team = my_team(layout);
+  DualOutputPass<kForm, C> pass{{}, family};
+  for_samples<1, true, 1, C>({x}, out, n, team, pass);
+}
+
+// grad: like x; or row_grad, one value a row, float64 if wide.
+template <Form kForm, class T, bool kConjugate>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_slope_kernel(const T* x, const T* grad, const void* row_grad,
+                                                             const bool wide, T* out, const int64_t rows,
+                                                             const int64_t n, const Layout layout,
+                                                             const Family family) {
+  using C = typename ComputeOf<T>::type;
+  const Team team = my_team(layout);
+  if (team.row >= rows) return;
+  double scale = 1.0;
+  if (row_grad) {
+    scale = wide ? static_cast<const double*>(row_grad)[team.row] : static_cast<const float*>(row_grad)[team.row];
+  }
+  const int64_t offset = team.row * n;
+  DualSlopePass<kForm, C, kConjugate> pass{{}, family, static_cast<C>(scale)};
+  const T* const inputs[2] = {x + offset, grad ? grad + offset : nullptr};
+  for_samples<1, true, 2, C>(inputs, out + offset, n, team, pass);
+}
+
+template <Form kForm, class T, bool kConjugate>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_sum_kernel(const T* x, const int64_t rows, const int64_t n,
+                                                           const Layout layout, const Family family, double* sums) {
+  using C = typename ComputeOf<T>::type;
+  const Team team = my_team(layout);
+  if (team.row >= rows) return;
+  DualSumPass<kForm, C, kConjugate> pass{{}, family};
+  for_samples<kReadAhead<T>, false, 1, C>({x + team.row * n}, static_cast<T*>(nullptr), n, team, pass);
+  double total[1] = {pass.total};
+  reduce<Sum>(team, total);
+  if (team.rank == 0) sums[team.row * layout.parts + team.part] = total[0];
+}
+
+// values[row] = mean of the real sums - mean of the fake ones; one warp a row.
+struct MeanSums {
+  const double* sums;
+  int64_t parts, n;
+};
+__device__ __forceinline__ double mean_of(const MeanSums& mean, const Team& team) {
+  double total[1] = {0.0};
+  for (int64_t part = team.rank; part < mean.parts; part += team.size) total[0] += mean.sums[team.row * mean.parts + part];
+  reduce<Sum>(team, total);
+  return total[0] / static_cast<double>(mean.n);
+}
+template <class V>
+__global__ void __launch_bounds__(kThreads) dual_bound_kernel(const MeanSums real, const MeanSums fake, V* values,
+                                                             const int64_t rows) {
+  const Team team = my_team({kWarp, 1});
+  if (team.row >= rows) return;
+  const double bound = mean_of(real, team) - mean_of(fake, team);
+  if (team.rank == 0) values[team.row] = static_cast<V>(bound);
+}
+
+// -grad r / n, the gradient of a bound with respect to the fake outputs: the envelope theorem, the shift's own
+// movement does not count.
+template <Form kForm, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+    bound_backward_kernel(const RowProblem problem, const Layout layout, const RatioStats* stats, const void* grad,
+                          const bool wide) {
+  using C = Compute<kForm, T>;
+  const Team team = my_team(layout);
+  if (team.row >= problem.rows) return;
+  Family family = problem.family;
+  family.form = kForm;
+  const RowPointers<T> row = row_pointers<T>(problem, team.row);
+  const double upstream =
+      wide ? static_cast<const double*>(grad)[team.row] : static_cast<double>(static_cast<const float*>(grad)[team.row]);
+  const double scale = -upstream / static_cast<double>(problem.n);
+  const RatioStats found = stats[team.row];
+  if constexpr (kForm == Form::exponential) {
+    ShiftPass<C, Output::ratio> pass(fixed_anchor<C>(family, found.shift), scale);
+    for_samples<1, true, 1, C>({row.h}, row.out, problem.n, team, pass);
+  } else {
+    const Anchor anchor =
+        problem.fixed ? fixed_anchor<C>(family, found.shift) : solved_anchor(family, found.anchor, found.log_max);
+    WritePass<kForm, C, Output::ratio> pass(family, anchor, scale);
+    const T* const inputs[2] = {row.h, nullptr};
+    for_samples<1, true, 2, C>(inputs, row.out, problem.n, team, pass);
+  }
+}
+
+template <class T>
+struct BackwardRow {
+  const T* inputs[3];
+};
+template <class T>
+__device__ __forceinline__ BackwardRow<T> backward_row(const RowProblem& problem, const T* log_ratio, const T* grad,
+                                                       int64_t row) {
+  const T* weights = static_cast<const T*>(problem.weights);
+  return {{grad + row * problem.n, log_ratio + row * problem.n,
+           weights ? weights + row * problem.weight_stride : nullptr}};
+}
+
+template <Form kForm, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_sums_kernel(const RowProblem problem, const Layout layout,
+                                                                const T* log_ratio, const T* grad, double* sums) {
+  using C = typename ComputeOf<T>::type;
+  const Team team = my_team(layout);
+  if (team.row >= problem.rows) return;
+  const BackwardRow<T> row = backward_row(problem, log_ratio, grad, team.row);
+  BackwardSumsPass<kForm, C> pass{{}, problem.family};
+  for_samples<1, false, 3, C>(row.inputs, static_cast<T*>(nullptr), problem.n, team, pass);
+  double totals[2] = {pass.through, pass.slope};
+  reduce<Sum>(team, totals);
+  if (team.rank != 0) return;
+  double* mine = sums + 2 * (team.row * layout.parts + team.part);
+  mine[0] = totals[0];
+  mine[1] = totals[1];
+}
+
+// The derivation of through_ratio is beside the CPU's backward (csrc/cpu/density_ratio.cpp). sums == nullptr: the
+// shift was given.
+template <Form kForm, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_kernel(const RowProblem problem, const Layout layout,
+                                                           const T* log_ratio, const T* grad, const RatioStats* stats,
+                                                           const double* grad_stats, const double* sums) {
+  using C = typename ComputeOf<T>::type;
+  const Team team = my_team(layout);
+  if (team.row >= problem.rows) return;
+  const double* upstream = grad_stats + team.row * kStats;
+  double through_ratio;
+  if (sums) {
+    double totals[2] = {0.0, 0.0};
+    for (int64_t part = team.rank; part < layout.parts; part += team.size) {
+      totals[0] += sums[2 * (team.row * layout.parts + part)];
+      totals[1] += sums[2 * (team.row * layout.parts + part) + 1];
+    }
+    reduce<Sum>(team, totals);
+    through_ratio = (upstream[0] - totals[0]) / totals[1];
+  } else {
+    through_ratio = upstream[1] * ::exp(-stats[team.row].log_sum);
+  }
+  const BackwardRow<T> row = backward_row(problem, log_ratio, grad, team.row);
+  BackwardPass<kForm, C> pass{{}, problem.family, static_cast<C>(through_ratio)};
+  T* out = static_cast<T*>(problem.out) + team.row * problem.n;
+  for_samples<1, true, 3, C>(row.inputs, out, problem.n, team, pass);
+}
+
+}  // namespace refine_ext::cuda

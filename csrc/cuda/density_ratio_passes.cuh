@@ -1,0 +1,353 @@
+// Long rows: many blocks a row, a fixed sequence of launches and nothing read back by the host.
+//
+//   scan                 largest output, weight; for the exponential form the sums of exponentials too
+//   guess                one block: takes a given shift, or solves for a subsample's
+//   evaluate x kEvaluations   sums at the current shift; the blocks return at once when it is found    (solved only)
+//   settle               one block: ends the search where those were not enough                        (solved only)
+//   write                the result and its sums
+//   finish               one block: statistics from those sums
+//
+// A launch leaves one partial sum a block. The next launch begins with every block adding these up and taking the same
+// step from them, so that the edge between two launches is the only synchronisation: no atomics, no fences, the same
+// bits on every run. Partial sums and states alternate between two buffers, one read and one written by a launch.
+//
+// Bytes moved a float32 sample: exponential form, or a given shift, 4 (scan) + 8 (write); solved shift 4 + 2 x 4 + 8,
+// two evaluations being what Newton takes from a subsample's guess.
+#pragma once
+
+#include "density_ratio_rows.cuh"
+
+namespace refine_ext::cuda {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kEvaluations = 5;
+inline constexpr int kPartials = 6;
+// Where the search leaves the state: the slot of the first guess, so that a given shift can skip what is between.
+inline constexpr int kFinalSlot = 0;
+static_assert((kEvaluations + 1) % 2 == kFinalSlot);
+inline constexpr int kGuessThreads = kMaxThreads;
+inline constexpr int kGuessRun = 16;  // consecutive samples of one thread
+inline constexpr int kSubsample = kGuessThreads * kGuessRun;
+
+// Scratch memory of one call, carved from one allocation.
+struct Workspace {
+  RowState* states;   // [2][rows]
+  double* partials;   // [2][rows][parts][kPartials]
+  double* maxima;     // [rows][parts * kThreads]: each thread's largest output, for the guess
+  double* real;       // [rows][real_parts]: sums over the real outputs of a bound
+  int64_t rows, parts, real_parts;
+
+  __device__ __forceinline__ RowState& state(int slot, int64_t row) const { return states[slot * rows + row]; }
+  __device__ __forceinline__ double* partial(int slot, int64_t row, int64_t part) const {
+    return partials + ((slot * rows + row) * parts + part) * kPartials;
+  }
+};
+
+// Packs on their way to a thread at a time. A pass that only reads one input needs 32 bytes in flight to keep the
+// memory busy; two inputs, or reads that share it with writes, do with a pack each.
+template <class T>
+inline constexpr int kReadAhead = sizeof(T) >= 4 ? 2 : 1;
+
+template <class T, bool kWeighted, bool kExponential>
+__global__ void __launch_bounds__(kThreads, 4) scan_kernel(const RowProblem problem, const Layout layout,
+                                                          const Workspace work) {
+  using S = typename ComputeOf<T>::type;
+  constexpr int kInputs = kWeighted ? 2 : 1;
+  const Team team = my_team(layout);
+  const RowPointers<T> row = row_pointers<T>(problem, team.row);
+  const T* inputs[kInputs];
+  inputs[0] = row.h;
+  if constexpr (kWeighted) inputs[1] = row.weights;
+  double* partial = work.partial(0, team.row, team.part);
+  ScanTotals totals;
+  if constexpr (kExponential) {
+    OnlineScanPass<S, kWeighted> pass;
+    for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, S>(inputs, row.out, problem.n, team, pass);
+    totals = scan_totals(team, pass.scan, 0);
+    merge_exponentials(team, static_cast<double>(pass.reference), pass.sum, pass.square,
+                       static_cast<double>(pass.largest), totals);
+  } else {
+    ScanPass<S, kWeighted> pass;
+    for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, S>(inputs, row.out, problem.n, team, pass);
+    if (work.maxima) {
+      work.maxima[(team.row * work.parts + team.part) * kThreads + team.rank] = static_cast<double>(pass.best);
+    }
+    totals = scan_totals(team, pass, 0);
+  }
+  if (team.rank != 0) return;
+  partial[0] = totals.maximum;
+  partial[1] = totals.weight;
+  partial[2] = totals.invalid;
+  partial[3] = totals.sum;
+  partial[4] = totals.square;
+  partial[5] = totals.largest;
+}
+
+// The parts of a row put together, by a whole block.
+template <bool kExponential>
+__device__ __forceinline__ ScanTotals gather_scan(const RowProblem& problem, const Workspace& work,
+                                                  const Team& team) {
+  double maxima[2] = {-std::numeric_limits<double>::infinity(), 0.0}, weight[1] = {0.0};
+  for (int64_t part = team.rank; part < work.parts; part += team.size) {
+    const double* partial = work.partial(0, team.row, part);
+    maxima[0] = Maximum::merge(maxima[0], partial[0]);
+    maxima[1] = Maximum::merge(maxima[1], partial[2]);
+    weight[0] += partial[1];
+  }
+  reduce<Maximum>(team, maxima);
+  reduce<Sum>(team, weight);
+  ScanTotals totals{maxima[0], problem.weights ? weight[0] : static_cast<double>(problem.n), maxima[1], 0.0, 0.0, 0.0};
+  if constexpr (kExponential) {
+    double sums[2] = {0.0, 0.0}, largest[1] = {0.0};
+    for (int64_t part = team.rank; part < work.parts; part += team.size) {
+      const double* partial = work.partial(0, team.row, part);
+      if (!(partial[3] > 0.0)) continue;
+      const double shrink = ::exp(partial[0] - totals.maximum);
+      sums[0] += partial[3] * shrink;
+      sums[1] += partial[4] * shrink * shrink;
+      largest[0] = Maximum::merge(largest[0], partial[5] * shrink);
+    }
+    reduce<Sum>(team, sums);
+    reduce<Maximum>(team, largest);
+    totals.sum = sums[0];
+    totals.square = sums[1];
+    totals.largest = largest[0];
+  }
+  return totals;
+}
+
+template <Form kForm, class C>
+__device__ __forceinline__ RowState& gather_row(const RowProblem& problem, const Workspace& work,
+                                               const Team& team) {
+  const ScanTotals totals = gather_scan<kForm == Form::exponential>(problem, work, team);
+  RowState& state = shared_state<1>(team);
+  if (team.rank == 0) state = begin_row<kForm, C>(problem, team.row, totals);
+  __syncthreads();
+  return state;
+}
+
+// One sample of any storage type; for the kernels that read few.
+template <class C>
+__device__ __forceinline__ C sample_at(const void* data, Storage storage, int64_t i) {
+  switch (storage) {
+    case Storage::float64: return static_cast<C>(static_cast<const double*>(data)[i]);
+    case Storage::float16: return static_cast<C>(widen(static_cast<const Half*>(data)[i]));
+    case Storage::bfloat16: return static_cast<C>(widen(static_cast<const BFloat16*>(data)[i]));
+    default: return static_cast<C>(static_cast<const float*>(data)[i]);
+  }
+}
+
+// Moves the search to the shift of a subsample, which stays in registers. The ratios' mass can lie in a handful of
+// extreme samples that a subsample misses: those beyond its maximum are taken from the threads' maxima of the scan,
+// where nearly each has a thread to itself. Each thread packs its share of them in place.
+template <Form kForm, class C>
+__global__ void __launch_bounds__(kGuessThreads, 1) guess_kernel(const RowProblem problem, const Workspace work) {
+  const Team team = my_team({kGuessThreads, 1});
+  RowState& state = gather_row<kForm, C>(problem, work, team);
+  RowState& result = work.state(0, team.row);
+  if (team.rank == 0) result = state;
+  if (state.status != Status::searching || problem.n < 2 * kSubsample) return;
+
+  const int64_t offset = team.row * problem.n, from = problem.n / kGuessThreads * team.rank;
+  C x[kGuessRun][2];
+  ScanPass<C, true> scan;
+#pragma unroll
+  for (int j = 0; j < kGuessRun; ++j) {
+    x[j][0] = sample_at<C>(problem.h, problem.storage, offset + from + j);
+    x[j][1] = problem.weights
+                  ? sample_at<C>(problem.weights, problem.storage, team.row * problem.weight_stride + from + j)
+                  : C(1);
+    scan.sample(x[j]);
+  }
+  scan.flush();
+  const ScanTotals sampled = scan_totals(team, scan, 0);
+  if (!(sampled.weight > 0.0)) return;
+
+  double* extremes = work.maxima + team.row * work.parts * kThreads;
+  const int64_t candidates = work.parts * kThreads;
+  int64_t mine = 0;
+  for (int64_t i = team.rank; i < candidates; i += team.size) {
+    const double value = extremes[i];
+    if (value > sampled.maximum) extremes[team.rank + team.size * mine++] = value;
+  }
+  double found[1] = {static_cast<double>(mine)};
+  reduce<Sum>(team, found);
+  const double mean_weight = sampled.weight / kSubsample;  // the extremes' own weights were not kept
+  const double share = (static_cast<double>(problem.n) - found[0]) / kSubsample;
+  if (team.rank == 0) state.weight = share * sampled.weight + mean_weight * found[0];
+
+  for (int step = 0; step < kMaxSteps && state.status == Status::searching; ++step) {
+    MeanPass<kForm, C, true> bulk(problem.family, state.anchor);
+    MeanPass<kForm, C, false> rare(problem.family, state.anchor);
+#pragma unroll
+    for (int j = 0; j < kGuessRun; ++j) bulk.sample(x[j]);
+    bulk.flush();
+    for (int64_t i = 0; i < mine; ++i) {
+      const C extreme[1] = {static_cast<C>(extremes[team.rank + team.size * i])};
+      rare.sample(extreme);
+      rare.flush();
+    }
+    double sums[2] = {share * bulk.ratio + mean_weight * rare.ratio, share * bulk.moment + mean_weight * rare.moment};
+    reduce<Sum>(team, sums);
+    __syncthreads();
+    if (team.rank == 0) advance<kForm>(state, problem.family, sums[0], sums[1], 1e-6);
+    __syncthreads();
+  }
+  // Only the place is taken over: the brackets of a subsample do not hold for the row.
+  if (team.rank == 0 && state.status == Status::settled && is_finite(state.search.log_max)) {
+    result.search.log_max = state.search.log_max;
+    result.anchor = state.anchor;
+  }
+}
+
+// The state at launch `index` of the search: what the last one left, one step on.
+template <Form kForm>
+__device__ __forceinline__ RowState& next_state(const RowProblem& problem, const Workspace& work, const Team& team,
+                                                int index) {
+  RowState& state = shared_state<1>(team);
+  if (team.rank == 0) state = work.state(index % 2, team.row);
+  __syncthreads();
+  if (index == 0 || state.status != Status::searching) return state;
+  double sums[2] = {0.0, 0.0};
+  for (int64_t part = team.rank; part < work.parts; part += team.size) {
+    const double* partial = work.partial(index % 2, team.row, part);
+    sums[0] += partial[0];
+    sums[1] += partial[1];
+  }
+  reduce<Sum>(team, sums);
+  if (team.rank == 0) advance<kForm>(state, problem.family, sums[0], sums[1], problem.tolerance);
+  __syncthreads();
+  return state;
+}
+
+template <Form kForm, class T, bool kWeighted>
+__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+    evaluate_kernel(const RowProblem problem, const Layout layout, const Workspace work, const int index) {
+  using C = Compute<kForm, T>;
+  constexpr int kInputs = kWeighted ? 2 : 1;
+  const Team team = my_team(layout);
+  const RowState& state = next_state<kForm>(problem, work, team, index);
+  if (team.part == 0 && team.rank == 0) work.state((index + 1) % 2, team.row) = state;
+  if (state.status != Status::searching) return;
+  const RowPointers<T> row = row_pointers<T>(problem, team.row);
+  const T* inputs[kInputs];
+  inputs[0] = row.h;
+  if constexpr (kWeighted) inputs[1] = row.weights;
+  MeanPass<kForm, C, kWeighted> pass(problem.family, state.anchor);
+  for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, C>(inputs, row.out, problem.n, team, pass);
+  double sums[2] = {pass.ratio, pass.moment};
+  reduce<Sum>(team, sums);
+  if (team.rank != 0) return;
+  double* partial = work.partial((index + 1) % 2, team.row, team.part);
+  partial[0] = sums[0];
+  partial[1] = sums[1];
+}
+
+// In float64 for every storage type: it seldom has anything to do, and is compiled once.
+template <Form kForm>
+__global__ void __launch_bounds__(kMaxThreads, 1) settle_kernel(const RowProblem problem, const Workspace work) {
+  const Team team = my_team({kMaxThreads, 1});
+  RowState& state = next_state<kForm>(problem, work, team, kEvaluations);
+  for (int step = 0; step < kMaxSteps && state.status == Status::searching; ++step) {
+    MeanPass<kForm, double, true> pass(problem.family, state.anchor);
+    for (int64_t i = team.rank; i < problem.n; i += team.size) {
+      const double x[2] = {sample_at<double>(problem.h, problem.storage, team.row * problem.n + i),
+                           problem.weights ? sample_at<double>(problem.weights, problem.storage,
+                                                               team.row * problem.weight_stride + i)
+                                           : 1.0};
+      pass.sample(x);
+      pass.flush();
+    }
+    double sums[2] = {pass.ratio, pass.moment};
+    reduce<Sum>(team, sums);
+    __syncthreads();
+    if (team.rank == 0) advance<kForm>(state, problem.family, sums[0], sums[1], problem.tolerance);
+    __syncthreads();
+  }
+  if (team.rank == 0) {
+    if (state.status == Status::searching) state.status = Status::invalid;
+    work.state(kFinalSlot, team.row) = state;
+  }
+}
+
+// What begins the pass that writes: the settled state, or for the exponential form, which needs no search, the scan's.
+template <Form kForm, class C>
+__device__ __forceinline__ RowState& final_state(const RowProblem& problem, const Workspace& work, const Team& team) {
+  if constexpr (kForm == Form::exponential) return gather_row<kForm, C>(problem, work, team);
+  return work.state(kFinalSlot, team.row);
+}
+
+template <Form kForm, class T, Output kOutput>
+__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+    write_kernel(const RowProblem problem, const Layout layout, const Workspace work, RatioStats* stats) {
+  using S = typename ComputeOf<T>::type;
+  using C = Compute<kForm, T>;
+  const Team team = my_team(layout);
+  const RowState& state = final_state<kForm, C>(problem, work, team);
+  const RowPointers<T> row = row_pointers<T>(problem, team.row);
+  if (kForm == Form::exponential && team.part == 0 && team.rank == 0) {
+    stats[team.row] = state.status == Status::settled ? state.stats : invalid_stats();
+  }
+  if (state.status != Status::settled) {
+    if (row.out) fill_nan(row.out, problem.n, team);
+    return;
+  }
+  if constexpr (kForm == Form::exponential) {
+    ShiftPass<S, kOutput> pass(state.anchor, 1.0);
+    for_samples<kReadAhead<T>, true, 1, S>({row.h}, row.out, problem.n, team, pass);
+  } else {
+    WritePass<kForm, C, kOutput> pass(problem.family, state.anchor, 1.0);
+    for_samples<1, kOutput != Output::none, 2, C>({row.h, row.weights}, row.out, problem.n, team, pass);
+    const RowSums sums = row_sums(team, pass);
+    if (team.rank != 0) return;
+    double* partial = work.partial(1, team.row, team.part);
+    partial[0] = sums.ratio;
+    partial[1] = sums.square;
+    partial[2] = sums.conjugate;
+    partial[3] = sums.largest;
+  }
+}
+
+// Sums over real outputs, for finish_kernel.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4) real_sum_kernel(const BoundArguments bound, const Layout layout,
+                                                              const int64_t rows, double* sums) {
+  using S = typename ComputeOf<T>::type;
+  const Team team = my_team(layout);
+  if (team.row >= rows) return;
+  const T* const inputs[1] = {static_cast<const T*>(bound.real) + team.row * bound.real_n};
+  SumPass<S> pass;
+  for_samples<kReadAhead<T>, false, 1, S>(inputs, static_cast<T*>(nullptr), bound.real_n, team, pass);
+  double total[1] = {pass.total};
+  reduce<Sum>(team, total);
+  if (team.rank == 0) sums[team.row * layout.parts + team.part] = total[0];
+}
+
+// One block a row; C only says where the given shift of an exponential form was rounded.
+template <class C>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const RowProblem problem, const Workspace work,
+                                                          RatioStats* stats, const BoundArguments bound) {
+  const Team team = my_team({kThreads, 1});
+  const bool exponential = problem.family.form == Form::exponential;
+  const RowState& state = exponential ? gather_row<Form::exponential, C>(problem, work, team)
+                                      : work.state(kFinalSlot, team.row);
+  double sums[4] = {0.0, 0.0, 0.0, 0.0}, largest[1] = {0.0};
+  for (int64_t part = team.rank; part < work.parts && !exponential; part += team.size) {
+    const double* partial = work.partial(1, team.row, part);
+    for (int k = 0; k < 3; ++k) sums[k] += partial[k];
+    largest[0] = Maximum::merge(largest[0], partial[3]);
+  }
+  for (int64_t part = team.rank; part < work.real_parts; part += team.size) {
+    sums[3] += work.real[team.row * work.real_parts + part];
+  }
+  reduce<Sum>(team, sums);
+  reduce<Maximum>(team, largest);
+  if (team.rank != 0) return;
+  const RatioStats result = finish_row(state, problem.family, problem.fixed, sums[0], sums[1], largest[0]);
+  stats[team.row] = result;
+  if (bound.values) {
+    write_bound(bound, result, team.row, sums[3], mean_conjugate(state, result, problem.family, sums[2]));
+  }
+}
+
+}  // namespace refine_ext::cuda

@@ -1,0 +1,155 @@
+// Short rows: one launch, one team a row. The row is read again for every step of the search, from the caches: device
+// memory sees each sample read once and each result written once, 8 bytes a float32 sample.
+#pragma once
+
+#include "density_ratio_ops.cuh"
+
+namespace refine_ext::cuda {
+
+// The other half of a variational bound; values == nullptr: none.
+struct BoundArguments {
+  const void* real;  // [rows, real_n]
+  int64_t real_n;
+  void* values;  // [rows], float64 if wide, else float32
+  bool wide, tight;
+};
+
+template <class C>
+struct SumPass : Pass {
+  C part = C(0);
+  double total = 0.0;
+  __device__ __forceinline__ C sample(const C* x) {
+    part += x[0];
+    return part;
+  }
+  __device__ __forceinline__ void flush() {
+    total += static_cast<double>(part);
+    part = C(0);
+  }
+};
+
+__device__ __forceinline__ void write_bound(const BoundArguments& bound, const RatioStats& stats, int64_t row,
+                                            double real_sum, double conjugate) {
+  const double mean = real_sum / static_cast<double>(bound.real_n);
+  const double value = mean - (bound.tight ? stats.shift : 0.0) - conjugate;
+  // NaN statistics, of invalid outputs, make NaN here whether the shift counts or not.
+  const double result = stats.shift == stats.shift ? value : stats.shift;
+  if (bound.wide) {
+    static_cast<double*>(bound.values)[row] = result;
+  } else {
+    static_cast<float*>(bound.values)[row] = static_cast<float>(result);
+  }
+}
+
+__device__ __forceinline__ double mean_conjugate(const RowState& state, const RatioStats& stats, const Family& family,
+                                                 double conjugate_sum) {
+  if (family.form == Form::exponential) return ::exp(stats.log_sum - stats.log_weight);
+  return conjugate_sum / state.weight + family.conjugate_offset;
+}
+
+template <class T>
+struct RowPointers {
+  const T* h;
+  const T* weights;
+  T* out;
+};
+
+template <class T>
+__device__ __forceinline__ RowPointers<T> row_pointers(const RowProblem& problem, int64_t row) {
+  const T* weights = static_cast<const T*>(problem.weights);
+  T* out = static_cast<T*>(problem.out);
+  return {static_cast<const T*>(problem.h) + row * problem.n, weights ? weights + row * problem.weight_stride : nullptr,
+          out ? out + row * problem.n : nullptr};
+}
+
+// The sums of a pass over the row, by every thread of the team.
+struct RowSums {
+  double ratio, square, conjugate, largest;
+};
+template <class P>
+__device__ __forceinline__ RowSums row_sums(const Team& team, const P& pass) {
+  double sums[3] = {pass.ratio, pass.square, pass.conjugate}, largest[1] = {static_cast<double>(pass.largest)};
+  reduce<Sum>(team, sums);
+  reduce<Maximum>(team, largest);
+  return {sums[0], sums[1], sums[2], largest[0]};
+}
+
+template <Form kForm, class T>
+__global__ void __launch_bounds__(kMaxThreads) density_ratio_rows_kernel(const RowProblem problem, const Layout layout,
+                                                                         RatioStats* stats, const BoundArguments bound) {
+  using S = typename ComputeOf<T>::type;
+  using C = Compute<kForm, T>;
+  const Team team = my_team(layout);
+  if (team.row >= problem.rows) return;
+  const RowPointers<T> row = row_pointers<T>(problem, team.row);
+  const T* const inputs[2] = {row.h, row.weights};
+  const int64_t n = problem.n;
+  RowState& state = shared_state<kMaxWarps>(team);
+
+  ScanPass<S, true> scan;
+  for_samples<1, false, 2, S>(inputs, row.out, n, team, scan);
+  ScanTotals totals = scan_totals(team, scan, n);
+  if constexpr (kForm == Form::exponential) {
+    const Anchor anchor = solved_anchor(problem.family, totals.maximum, 0.0);
+    WritePass<kForm, S, Output::ratio> pass(problem.family, anchor, 1.0);
+    for_samples<1, false, 2, S>(inputs, row.out, n, team, pass);
+    const RowSums sums = row_sums(team, pass);
+    totals.sum = sums.ratio;
+    totals.square = sums.square;
+    totals.largest = sums.largest;
+  }
+  if (team.rank == 0) state = begin_row<kForm, C>(problem, team.row, totals);
+  synchronise(team);
+
+  RowSums sums{0.0, 0.0, 0.0, 0.0};
+  if constexpr (kForm != Form::exponential) {
+    for (int step = 0; step < kMaxSteps && state.status == Status::searching; ++step) {
+      MeanPass<kForm, C, true> pass(problem.family, state.anchor);
+      for_samples<1, false, 2, C>(inputs, row.out, n, team, pass);
+      double means[2] = {pass.ratio, pass.moment};
+      reduce<Sum>(team, means);
+      // Every thread has read the state by now: it took the anchor before the reduction.
+      synchronise(team);
+      if (team.rank == 0) advance<kForm>(state, problem.family, means[0], means[1], problem.tolerance);
+      synchronise(team);
+    }
+  }
+  const bool valid = state.status == Status::settled;
+  if (!valid) {
+    if (row.out) fill_nan(row.out, n, team);
+  } else if constexpr (kForm == Form::exponential) {
+    if (problem.output == Output::log_ratio) {
+      ShiftPass<S, Output::log_ratio> pass(state.anchor, 1.0);
+      for_samples<1, true, 1, S>({row.h}, row.out, n, team, pass);
+    } else if (problem.output == Output::ratio) {
+      ShiftPass<S, Output::ratio> pass(state.anchor, 1.0);
+      for_samples<1, true, 1, S>({row.h}, row.out, n, team, pass);
+    }
+  } else if (problem.output == Output::none) {
+    WritePass<kForm, C, Output::none> pass(problem.family, state.anchor, 1.0);
+    for_samples<1, false, 2, C>(inputs, row.out, n, team, pass);
+    sums = row_sums(team, pass);
+  } else {
+    WritePass<kForm, C, Output::ratio, true> pass(problem.family, state.anchor, 1.0);
+    pass.log_ratio = problem.output == Output::log_ratio;
+    for_samples<1, true, 2, C>(inputs, row.out, n, team, pass);
+    sums = row_sums(team, pass);
+  }
+
+  double real[1] = {0.0};
+  if (bound.values) {
+    SumPass<S> sum;
+    for_samples<1, false, 1, S>({static_cast<const T*>(bound.real) + team.row * bound.real_n}, row.out, bound.real_n,
+                                team, sum);
+    real[0] = sum.total;
+    reduce<Sum>(team, real);
+  }
+  if (team.rank != 0) return;
+  const RatioStats result = finish_row(state, problem.family, problem.fixed, sums.ratio, sums.square, sums.largest);
+  stats[team.row] = result;
+  if (bound.values) {
+    write_bound(bound, result, team.row, real[0], mean_conjugate(state, result, problem.family, sums.conjugate));
+  }
+}
+
+}  // namespace refine_ext::cuda

@@ -1,0 +1,97 @@
+// Storage types and the 16-byte packs they are moved in.
+#pragma once
+
+#include "launch.h"
+
+namespace refine_ext::cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What arithmetic on a storage type is done in.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+
+template <class To, class From>
+__device__ __forceinline__ To from_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(BFloat16 value) { return from_bits<float>(uint32_t{value.bits} << 16); }
+__device__ __forceinline__ float widen(Half value) {
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+  return cuda_on_cpu::half_to_float(value.bits);
+#else
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#endif
+}
+
+__device__ __forceinline__ void narrow(double value, double& result) { result = value; }
+__device__ __forceinline__ void narrow(float value, double& result) { result = value; }
+__device__ __forceinline__ void narrow(float value, float& result) { result = value; }
+__device__ __forceinline__ void narrow(double value, float& result) { result = static_cast<float>(value); }
+__device__ __forceinline__ void narrow(float value, BFloat16& result) {
+  const uint32_t bits = from_bits<uint32_t>(value);
+  // Round to nearest even; the carry of a large mantissa makes the next exponent, or infinity, by itself.
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  result.bits = static_cast<uint16_t>(value != value ? 0x7fffu : rounded);
+}
+__device__ __forceinline__ void narrow(float value, Half& result) {
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+  result.bits = cuda_on_cpu::float_to_half(value);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#endif
+}
+__device__ __forceinline__ void narrow(double value, BFloat16& result) { narrow(static_cast<float>(value), result); }
+__device__ __forceinline__ void narrow(double value, Half& result) { narrow(static_cast<float>(value), result); }
+
+template <class T>
+inline constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+__device__ __forceinline__ bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+template <class T>
+__device__ __forceinline__ uint4 load_pack(const T* p, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4*>(p);
+  T lanes[kLanes<T>];
+#pragma unroll
+  for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = p[lane];
+  uint4 pack;
+  memcpy(&pack, lanes, sizeof(pack));
+  return pack;
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T* p, bool aligned, const T (&lanes)[kLanes<T>]) {
+  if (aligned) {
+    uint4 pack;
+    memcpy(&pack, lanes, sizeof(pack));
+    *reinterpret_cast<uint4*>(p) = pack;
+    return;
+  }
+#pragma unroll
+  for (int lane = 0; lane < kLanes<T>; ++lane) p[lane] = lanes[lane];
+}
+
+}  // namespace refine_ext::cuda

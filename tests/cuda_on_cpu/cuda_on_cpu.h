@@ -1,0 +1,89 @@
+// Runs CUDA kernels on the host, for tests: the very same .cuh files, compiled by a host compiler and its sanitizers.
+// Each CUDA thread is a fiber; the fibers of a block take turns on one OS thread and blocks run one after another, so
+// a run is deterministic. What a GPU would leave undefined is reported: barriers that not every thread reaches, shuffles
+// across lanes that are not there, and, by the sanitizers, accesses out of bounds or out of order.
+//
+// Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor shuffles, static shared
+// memory (REFINE_EXT_SHARED), 16-byte packs.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace cuda_on_cpu {
+
+struct Index {
+  unsigned x;
+};
+
+struct Position {
+  Index thread, block, block_size;
+};
+
+// Of the fiber that runs now.
+Position& position();
+
+// The block's shared array that belongs to `key`; fresh memory, filled with NaN, for each block.
+void* shared_memory(const void* key, size_t bytes);
+
+void barrier(const char* file, int line);
+void warp_barrier(const char* file, int line);
+// Publishes this lane's value and returns the warp's: 32 slots of kSlotBytes.
+inline constexpr int kSlotBytes = 16;
+const unsigned char* exchange(const void* value, size_t bytes, const char* file, int line);
+
+// Runs `body` once for every thread of every block. The order of the blocks, and of a block's threads, follows
+// CUDA_ON_CPU_ORDER: forward, reverse or shuffled.
+void run(const char* name, int64_t blocks, int threads, const std::function<void()>& body);
+int multiprocessors();  // CUDA_ON_CPU_MULTIPROCESSORS, 2 unless told
+
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);
+
+template <class T>
+T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line);
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::position().thread)
+#define blockIdx (cuda_on_cpu::position().block)
+#define blockDim (cuda_on_cpu::position().block_size)
+#define __syncthreads() cuda_on_cpu::barrier(__FILE__, __LINE__)
+#define __syncwarp() cuda_on_cpu::warp_barrier(__FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, distance) \
+  cuda_on_cpu::shuffle_xor(mask, value, distance, __FILE__, __LINE__)
+
+#define REFINE_EXT_SHARED(type, name, dims)                                  \
+  static char name##_key;                                                    \
+  using name##_type = type dims;                                             \
+  name##_type& name = *static_cast<name##_type*>(                            \
+      cuda_on_cpu::shared_memory(&name##_key, sizeof(name##_type)))
+
+namespace cuda_on_cpu {
+
+[[noreturn]] void die(const char* message, const char* file, int line);
+
+template <class T>
+T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line) {
+  static_assert(sizeof(T) <= kSlotBytes);
+  if (mask != 0xffffffffu) die("only full-mask shuffles are modelled", file, line);
+  const int lane = static_cast<int>(position().thread.x % 32);
+  const unsigned char* slots = exchange(&value, sizeof(T), file, line);
+  T result;
+  std::memcpy(&result, slots + (lane ^ distance) * kSlotBytes, sizeof(T));
+  return result;
+}
+
+}  // namespace cuda_on_cpu

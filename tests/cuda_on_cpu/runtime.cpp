@@ -1,0 +1,376 @@
+// The fibers behind cuda_on_cpu.h. With -DCUDA_ON_CPU_TSAN this file itself is compiled without the sanitizer and tells
+// it about fibers and barriers instead: then a race between two CUDA threads is one between two fibers, although a
+// single OS thread runs them. With -DCUDA_ON_CPU_ASAN it tells that sanitizer which stack is in use.
+#include "cuda_on_cpu.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(CUDA_ON_CPU_ASAN)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(CUDA_ON_CPU_TSAN)
+extern "C" {
+void* __tsan_get_current_fiber(void);
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+static void acquire(void* object) { __tsan_acquire(object); }
+static void release(void* object) { __tsan_release(object); }
+#else
+static void acquire(void*) {}
+static void release(void*) {}
+#endif
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers on this stack, its pointer to *save, and continues where `to` was left.
+extern "C" void cuda_on_cpu_switch(void** save, void* to);
+asm(R"(
+.text
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch,@function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_on_cpu_switch,.-cuda_on_cpu_switch
+)");
+#endif
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kStackBytes = size_t{256} << 10, kGuardBytes = 4096;
+constexpr int kLanes = 32, kMaxBlock = 1024;
+
+// Threads wait here until all of a group have come. Its two objects carry the order that it makes, by generation: a
+// thread that leaves late must not take over what was released for the next time.
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+  const char* file = nullptr;
+  int line = 0;
+  char order[2] = {};
+};
+
+struct Warp {
+  Barrier barrier, shuffle;
+  alignas(16) unsigned char slots[2][kLanes][kSlotBytes];
+};
+
+struct Fiber {
+  Position position{};
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  char* stack = nullptr;
+  void* fake_stack = nullptr;
+  void* tsan = nullptr;
+  unsigned shuffles = 0;
+  bool done = false;
+  const char* waits_in = nullptr;
+  int waits_at = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  int alive = 0;
+  char finished = 0;
+  struct Shared {
+    const void* key;
+    std::unique_ptr<unsigned char, void (*)(void*)> memory;
+  };
+  std::vector<Shared> shared;
+};
+
+Fiber* current = nullptr;
+Fiber host;
+Block* block = nullptr;
+const std::function<void()>* kernel = nullptr;
+const char* kernel_name = "";
+std::vector<int> turn;  // fibers that are still running, in the order of their turns
+size_t at = 0;
+uint64_t progress = 0, seen = 0;
+size_t idle = 0;
+char launch_order = 0;
+const void* host_stack = nullptr;
+size_t host_stack_bytes = 0;
+
+// Stacks and sanitizer fibers are reused by every second block: two consecutive ones must not look ordered.
+std::vector<char*> stacks[2];
+std::vector<void*> tsan_fibers[2];
+
+void switch_to(Fiber* next) {
+  Fiber* last = current;
+  if (next == last) return;
+  current = next;
+#if defined(CUDA_ON_CPU_TSAN)
+  __tsan_switch_to_fiber(next->tsan, 1);  // 1: without making an order
+#endif
+#if defined(CUDA_ON_CPU_ASAN)
+  __sanitizer_start_switch_fiber(last->done ? nullptr : &last->fake_stack, next->stack ? next->stack : host_stack,
+                                 next->stack ? kStackBytes : host_stack_bytes);
+#endif
+#if defined(__x86_64__)
+  cuda_on_cpu_switch(&last->stack_pointer, next->stack_pointer);
+#else
+  swapcontext(&last->context, &next->context);
+#endif
+#if defined(CUDA_ON_CPU_ASAN)
+  __sanitizer_finish_switch_fiber(current->fake_stack, nullptr, nullptr);
+#endif
+}
+
+void yield() {
+  if (progress != seen) {
+    seen = progress;
+    idle = 0;
+  } else if (++idle > 2 * turn.size() + 2) {
+    for (int i : turn) {
+      const Fiber& other = block->fibers[i];
+      if (other.waits_at != current->waits_at) {
+        std::fprintf(stderr, "cuda_on_cpu: thread %u waits at %s:%d\n", other.position.thread.x, other.waits_in,
+                     other.waits_at);
+      }
+    }
+    die("deadlock: not every thread reaches this barrier or shuffle", current->waits_in, current->waits_at);
+  }
+  at = (at + 1) % turn.size();
+  switch_to(&block->fibers[turn[at]]);
+}
+
+void open(Barrier& barrier) {
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+void wait(Barrier& barrier, int expected, bool orders, const char* file, int line) {
+  current->waits_in = file;
+  current->waits_at = line;
+  if (barrier.arrived == 0) {
+    barrier.file = file;
+    barrier.line = line;
+  } else if (barrier.line != line || std::strcmp(barrier.file, file) != 0) {
+    die("threads wait at different barriers", file, line);
+  }
+  const unsigned generation = barrier.generation;
+  ++progress;
+  if (orders) release(&barrier.order[generation & 1]);
+  if (++barrier.arrived == expected) {
+    open(barrier);
+  } else {
+    while (barrier.generation == generation) yield();
+  }
+  if (orders) acquire(&barrier.order[generation & 1]);
+  current->waits_in = nullptr;
+  current->waits_at = 0;
+  ++progress;
+}
+
+Warp& my_warp() { return block->warps[current->position.thread.x / kLanes]; }
+
+void entry() {
+#if defined(CUDA_ON_CPU_ASAN)
+  __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
+#endif
+  acquire(&launch_order);
+  (*kernel)();
+  release(&block->finished);
+  current->done = true;
+  ++progress;
+  --block->alive;
+  if (block->alive > 0 && block->barrier.arrived == block->alive) open(block->barrier);
+  turn.erase(turn.begin() + static_cast<std::ptrdiff_t>(at));
+  if (turn.empty()) {
+    switch_to(&host);
+  } else {
+    at %= turn.size();
+    switch_to(&block->fibers[turn[at]]);
+  }
+  std::abort();
+}
+
+char* new_stack() {
+  void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) die("no memory for stacks", "", 0);
+  return static_cast<char*>(memory) + kGuardBytes;
+}
+
+void prepare(Fiber& fiber, int index, int64_t block_index, int threads, int set) {
+  while (static_cast<int>(stacks[set].size()) <= index) stacks[set].push_back(new_stack());
+  fiber.stack = stacks[set][static_cast<size_t>(index)];
+  fiber.position = {{static_cast<unsigned>(index)}, {static_cast<unsigned>(block_index)}, {static_cast<unsigned>(threads)}};
+#if defined(CUDA_ON_CPU_TSAN)
+  while (static_cast<int>(tsan_fibers[set].size()) <= index) tsan_fibers[set].push_back(__tsan_create_fiber(0));
+  fiber.tsan = tsan_fibers[set][static_cast<size_t>(index)];
+#endif
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
+  *--top = nullptr;  // a return address: the stack is aligned as after a call
+  *--top = reinterpret_cast<void*>(&entry);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  fiber.stack_pointer = top;
+#else
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, entry, 0);
+#endif
+}
+
+std::vector<int64_t> order_of(int64_t count, unsigned seed) {
+  std::vector<int64_t> order(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) order[static_cast<size_t>(i)] = i;
+  const char* wanted = std::getenv("CUDA_ON_CPU_ORDER");
+  const std::string kind = wanted ? wanted : "forward";
+  if (kind == "reverse") std::reverse(order.begin(), order.end());
+  if (kind == "shuffled") std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  return order;
+}
+
+void unmap_nothing(void*) {}
+
+}  // namespace
+
+Position& position() { return current->position; }
+
+void* shared_memory(const void* key, size_t bytes) {
+  for (Block::Shared& array : block->shared) {
+    if (array.key == key) return array.memory.get();
+  }
+#if defined(CUDA_ON_CPU_TSAN)
+  // From mmap, which the sanitizer does not take for a write of this fiber.
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  volatile unsigned char* fill = static_cast<unsigned char*>(memory);
+  for (size_t i = 0; i < bytes; ++i) fill[i] = 0xff;
+  block->shared.push_back({key, {static_cast<unsigned char*>(memory), unmap_nothing}});
+#else
+  (void)unmap_nothing;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes) != 0) die("no memory", "", 0);
+  std::memset(memory, 0xff, bytes);
+  block->shared.push_back({key, {static_cast<unsigned char*>(memory), std::free}});
+#endif
+  return memory;
+}
+
+void die(const char* message, const char* file, int line) {
+  std::fprintf(stderr, "cuda_on_cpu: %s: %s:%d", message, file, line);
+  if (current && current != &host) {
+    std::fprintf(stderr, ", block %u thread %u of %s", current->position.block.x, current->position.thread.x,
+                 kernel_name);
+  }
+  std::fprintf(stderr, "\n");
+  std::fflush(stderr);
+  _exit(66);
+}
+
+void barrier(const char* file, int line) { wait(block->barrier, block->alive, true, file, line); }
+
+void warp_barrier(const char* file, int line) { wait(my_warp().barrier, kLanes, true, file, line); }
+
+const unsigned char* exchange(const void* value, size_t bytes, const char* file, int line) {
+  Warp& warp = my_warp();
+  const unsigned parity = current->shuffles++ & 1;
+  volatile unsigned char* slot = warp.slots[parity][current->position.thread.x % kLanes];
+  for (size_t i = 0; i < bytes; ++i) slot[i] = static_cast<const unsigned char*>(value)[i];
+  // A shuffle moves registers; it orders no memory.
+  wait(warp.shuffle, kLanes, false, file, line);
+  return warp.slots[parity][0];
+}
+
+void run(const char* name, int64_t blocks, int threads, const std::function<void()>& body) {
+  if (threads % kLanes != 0 || threads > kMaxBlock || threads <= 0) die("unusable block size", name, threads);
+  kernel = &body;
+  kernel_name = name;
+  release(&launch_order);
+  // Blocks are kept to the end: their memory must not be reused by another, which would look like an order or a race.
+  std::vector<std::unique_ptr<Block>> finished;
+  int set = 0;
+  for (int64_t index : order_of(blocks, 1)) {
+    finished.push_back(std::make_unique<Block>());
+    block = finished.back().get();
+    block->fibers = std::vector<Fiber>(static_cast<size_t>(threads));
+    block->warps = std::vector<Warp>(static_cast<size_t>(threads / kLanes));
+    block->alive = threads;
+    turn.clear();
+    for (int64_t thread : order_of(threads, static_cast<unsigned>(index) + 7)) turn.push_back(static_cast<int>(thread));
+    for (int thread = 0; thread < threads; ++thread) {
+      prepare(block->fibers[static_cast<size_t>(thread)], thread, index, threads, set);
+    }
+#if defined(CUDA_ON_CPU_TSAN)
+    host.tsan = __tsan_get_current_fiber();
+    set ^= 1;
+#endif
+    at = 0;
+    idle = 0;
+    current = &host;
+    switch_to(&block->fibers[static_cast<size_t>(turn[0])]);
+    current = nullptr;
+#if !defined(CUDA_ON_CPU_TSAN)
+    block->shared.clear();
+#endif
+  }
+  for (const auto& done : finished) acquire(&done->finished);
+  block = nullptr;
+}
+
+int multiprocessors() {
+  const char* count = std::getenv("CUDA_ON_CPU_MULTIPROCESSORS");
+  return count ? std::atoi(count) : 2;
+}
+
+float half_to_float(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  const float sign = bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return mantissa ? std::nanf("") : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
+  return sign * std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+}
+
+uint16_t float_to_half(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  // The spacing of halves at this magnitude; nearbyint rounds to nearest even.
+  const int exponent = magnitude < 6.103515625e-05f ? -14 : std::ilogb(magnitude);
+  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  // A full mantissa carries into the exponent by itself.
+  return static_cast<uint16_t>(sign | (static_cast<uint32_t>(exponent + 14) * 1024 + units));
+}
+
+}  // namespace cuda_on_cpu
