@@ -294,7 +294,7 @@ RatioReport run_rows(const DensityRatioProblem& problem, RatioStats* stats, doub
     Group group(problem, row, threaded);
     const double shift = problem.shift ? problem.shift[row * problem.shift_stride] : nan;
     double unused = 0.0;
-    const RatioError error = problem.shift && std::isnan(shift)
+    const RatioError error = problem.shift && !std::isfinite(shift)
                                  ? RatioError::invalid_input
                                  : group.run(shift, conjugate != nullptr, stats[row], conjugate ? conjugate + row : &unused);
     if (error == RatioError::none) return;

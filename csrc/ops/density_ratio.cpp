@@ -40,7 +40,13 @@ Tensor density_ratio_into(Inputs& inputs, const Tensor& out, bool check) {
   inputs.problem.out = out.mutable_data_ptr();
   Tensor stats = new_stats(inputs.h);
   const RatioReport report = density_ratio_cpu(inputs.problem, stats_rows(stats));
-  if (check) raise(report, "density_ratio", "h", inputs.problem.rows);
+  if (check) {
+    if (const DensityRatioProblem& problem = inputs.problem; report.error == RatioError::invalid_input && problem.shift) {
+      const double shift = problem.shift[report.row * problem.shift_stride];
+      require(shift - shift == 0.0, "density_ratio: shift must be finite, got ", shift);
+    }
+    raise(report, "density_ratio", "h", inputs.problem.rows);
+  }
   return stats;
 }
 
