@@ -171,9 +171,7 @@ def calibrate(
     return calibration, log_fake
 
 
-def assess(
-    real: Tensor, fake: Tensor, calibration: Calibration, objective: Objective
-) -> dict[str, Any]:
+def assess(real: Tensor, fake: Tensor, calibration: Calibration, objective: Objective) -> dict[str, Any]:
     """The measured fields of :class:`FitReport`, from outputs on the calibration samples."""
     log_real = log_ratio_at_full_strength(real.double(), calibration)
     log_fake = log_ratio_at_full_strength(fake.double(), calibration)

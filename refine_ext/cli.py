@@ -30,9 +30,7 @@ def main() -> None:
 @click.option("--real", required=True, metavar="FILE", help="Real samples [n, ...].")
 @click.option("--generated", required=True, metavar="FILE", help="Generated samples [m, ...].")
 @click.option("--out", required=True, metavar="FILE", help="Where the refined samples go.")
-@click.option(
-    "--divergence", default="kl", show_default=True, help="f-divergence of the refinement."
-)
+@click.option("--divergence", default="kl", show_default=True, help="f-divergence of the refinement.")
 @click.option(
     "--objective",
     type=click.Choice(["tight", "loose", "logistic"]),
@@ -54,9 +52,7 @@ def main() -> None:
     show_default=True,
     help="How rows are drawn; `weights` writes the weights [m] instead.",
 )
-@click.option(
-    "--num", type=click.IntRange(min=1), help="Rows to draw. [default: as many as generated]"
-)
+@click.option("--num", type=click.IntRange(min=1), help="Rows to draw. [default: as many as generated]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--temperature",
@@ -64,17 +60,11 @@ def main() -> None:
     default="auto",
     help="Strength of the refinement; `auto` chooses it on held-out samples. [default: auto]",
 )
-@click.option(
-    "--discriminator", metavar="FILE", help="Use this saved discriminator; train nothing."
-)
+@click.option("--discriminator", metavar="FILE", help="Use this saved discriminator; train nothing.")
 @click.option("--save-discriminator", metavar="FILE", help="Save the discriminator (.safetensors).")
-@click.option(
-    "--held-out", metavar="FILE", help="Real samples to judge by. [default: a fifth of --real]"
-)
+@click.option("--held-out", metavar="FILE", help="Real samples to judge by. [default: a fifth of --real]")
 @click.option("--report", metavar="PNG", help="Draw a picture; the figures go beside it as .json.")
-@click.option(
-    "--memory", type=Size(), default="1GiB", show_default=True, help="Most memory the data may use."
-)
+@click.option("--memory", type=Size(), default="1GiB", show_default=True, help="Most memory the data may use.")
 @click.option(
     "--train-rows",
     type=click.IntRange(min=40),
@@ -164,9 +154,7 @@ def _load_libraries(report: str | None) -> float:
     return peak_memory()
 
 
-def _announced_output(
-    out: str, generated: RowSource, options: RefineOptions
-) -> tuple[str, str, int]:
+def _announced_output(out: str, generated: RowSource, options: RefineOptions) -> tuple[str, str, int]:
     """What `check_output` needs to know before the job: the output's place, dtype and likely
     size."""
     if options.method == "weights":
@@ -207,9 +195,7 @@ def _load_discriminator(path: str | None, device: str | None) -> Any:
     return Discriminator.load(path, device=device)
 
 
-def _write_report(
-    refined: Refined, options: RefineOptions, path: Path, facts: dict[str, Any]
-) -> None:
+def _write_report(refined: Refined, options: RefineOptions, path: Path, facts: dict[str, Any]) -> None:
     from dataclasses import asdict
 
     from .report import draw_refined, save_figure, save_json
@@ -220,12 +206,8 @@ def _write_report(
 
 
 @main.command()
-@click.option(
-    "--out", default="refine-ext-demo", show_default=True, metavar="DIR", help="Where results go."
-)
-@click.option(
-    "--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions."
-)
+@click.option("--out", default="refine-ext-demo", show_default=True, metavar="DIR", help="Where results go.")
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions.")
 @click.option("--model", type=click.Choice(["linear", "mlp"]), default="linear", show_default=True)
 @click.option("--quick", is_flag=True, help="At most two seeds, half the samples.")
 @reporting_errors
@@ -254,12 +236,9 @@ def demo(out: str, seeds: int, model: str, quick: bool) -> None:
     widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
     click.echo("")
     for row in rows:
-        click.echo(
-            "".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+        click.echo("".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     click.echo(
-        "\n`perfect weights` know every fault; recall counts blends and noise as coverage, "
-        "so even they lower it."
+        "\n`perfect weights` know every fault; recall counts blends and noise as coverage, so even they lower it."
     )
     click.echo(f"A second generator was refused: {result.hopeless.verdict}.")
     save_figure(draw_demo(result), folder / "demo.png")

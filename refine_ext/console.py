@@ -77,9 +77,7 @@ def _one_line(error: Exception) -> str:
         # str() of one would lead with its number
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        text = (
-            f"out of memory; use a smaller --memory or --train-rows ({text[:120] or 'no details'})"
-        )
+        text = f"out of memory; use a smaller --memory or --train-rows ({text[:120] or 'no details'})"
     elif not isinstance(error, (ValueError, TypeError, OSError, ModuleNotFoundError)):
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     return text

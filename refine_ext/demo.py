@@ -21,6 +21,7 @@ from .io import ArrayRows
 from .measures import TITLES, TwoSample, distances, two_sample
 from .output import create_rows
 from .pipeline import Refined, RefineOptions, refine
+from .threads import at_most_threads
 
 KINDS = ("clean", "blend", "noisy")
 INSTALL = "pip install 'refine-ext[demo]'"
@@ -116,9 +117,7 @@ def mixture_generator(digits: Digits, number: int, seed: int) -> np.ndarray:
 
     flat = digits.train.reshape(len(digits.train), -1).astype(np.float64)
     pca = PCA(20, random_state=seed).fit(flat)
-    mixture = GaussianMixture(10, covariance_type="diag", random_state=seed).fit(
-        pca.transform(flat)
-    )
+    mixture = GaussianMixture(10, covariance_type="diag", random_state=seed).fit(pca.transform(flat))
     drawn, _ = mixture.sample(number)
     images = np.clip(pca.inverse_transform(drawn), 0.0, _LEVELS)
     return np.random.default_rng(seed).permutation(images).reshape(-1, 8, 8).astype(np.float32)
@@ -140,9 +139,7 @@ class SeedResult:
         rows = self.refined.indices
         assert rows is not None
         return {
-            "before": list(
-                np.bincount(self.generated.kind, minlength=3) / len(self.generated.kind)
-            ),
+            "before": list(np.bincount(self.generated.kind, minlength=3) / len(self.generated.kind)),
             "after": list(np.bincount(self.generated.kind[rows], minlength=3) / len(rows)),
         }
 
@@ -201,9 +198,7 @@ class DemoResult:
         improved = {
             name: sum(
                 after < before
-                for before, after in zip(
-                    self.column("before", name), self.column("after", name), strict=True
-                )
+                for before, after in zip(self.column("before", name), self.column("after", name), strict=True)
             )
             for name in ("auc", "energy_distance", "mmd2")
         }
@@ -240,6 +235,11 @@ def _mean_and_error(values: list[float]) -> str:
 
 def run_seed(seed: int, number: int, options: RefineOptions) -> SeedResult:
     """Generate, refine, and judge by the held-out half."""
+    with at_most_threads(1):  # 64 features: threads only get in each other's way
+        return _run_seed(seed, number, options)
+
+
+def _run_seed(seed: int, number: int, options: RefineOptions) -> SeedResult:
     digits = load_digits(seed)
     generated = faulty_generator(digits, number, seed)
     sources = [
@@ -268,11 +268,14 @@ def run_seed(seed: int, number: int, options: RefineOptions) -> SeedResult:
 
 def _oracle(digits: Digits, generated: Generated, seed: int, judge_rows: int) -> TwoSample:
     """What weights that know every fault reach: no blends, no noise, true class proportions."""
+    import torch
+
+    from .resampling import resample
+
     true = np.bincount(digits.train_labels, minlength=10) / len(digits.train_labels)
     weights = (generated.kind == 0) * (true / generated.proportions)[generated.labels]
-    generator = np.random.default_rng([seed, 2])
     size = min(judge_rows, len(digits.held_out))
-    rows = generator.choice(len(weights), size=size, p=weights / weights.sum())
+    rows = resample(torch.from_numpy(weights), size, seed=seed).numpy()
     return two_sample(digits.held_out[:size], generated.images[rows], groups=rows, seed=seed)
 
 
@@ -334,10 +337,11 @@ def run_demo(
         )
     digits = results[0].digits
     images = mixture_generator(digits, number, seed=0)
-    hopeless = refine(
-        ArrayRows(digits.train, "digits"),
-        ArrayRows(images, "mixture"),
-        replace(options, seed=0),
-        held_out=ArrayRows(digits.held_out, "held-out digits"),
-    )
+    with at_most_threads(1):
+        hopeless = refine(
+            ArrayRows(digits.train, "digits"),
+            ArrayRows(images, "mixture"),
+            replace(options, seed=0),
+            held_out=ArrayRows(digits.held_out, "held-out digits"),
+        )
     return DemoResult(results, hopeless, images)

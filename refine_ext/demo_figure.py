@@ -37,17 +37,16 @@ def draw_demo(result: DemoResult) -> Figure:
     _draw_samples(top, result, first)
     _draw_weights(middle, first)
     axes = bottom.subplots(1, len(TITLES))
+    plural = "" if len(result.seeds) == 1 else "s"
     bottom.suptitle(
-        f"Held-out measures, {len(result.seeds)} seed(s) (lines: the seeds, bars: standard error, "
-        "dashed: weights that know every fault)",
+        f"Held-out measures, {len(result.seeds)} seed{plural} (lines: the seeds, "
+        "bars: standard error, dashed: weights that know every fault)",
         fontsize=11,
         color="0.3",
     )
     for column, name in zip(axes, TITLES, strict=True):
         ideal = float(np.mean(result.column("oracle", name)))
-        draw_measure(
-            column, name, result.column("before", name), result.column("after", name), ideal
-        )
+        draw_measure(column, name, result.column("before", name), result.column("after", name), ideal)
     return figure
 
 
@@ -65,9 +64,7 @@ def _draw_samples(figure: Any, result: DemoResult, first: SeedResult) -> None:
     for column, (title, images, colour) in zip(axes, panels, strict=False):
         column.set_title(title, color=colour, fontweight="bold")
         draw_grid(column, images, 8, 8, _LIMITS)
-    axes[5].set_title(
-        f"refused generator, AUC {result.hopeless.fit['auc']:.3f}", color="0.45", fontweight="bold"
-    )
+    axes[5].set_title(f"refused generator, AUC {result.hopeless.fit['auc']:.3f}", color="0.45", fontweight="bold")
     draw_grid(axes[5], result.hopeless_images, 8, 8, _LIMITS)
     axes[5].text(
         0.5,

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._library import require_device
 from ._ops import LOG_LARGEST, LOG_SQUARE, LOG_SUM, LOG_WEIGHT, SHIFT, ops
@@ -35,6 +36,9 @@ def check_floating(function: str, argument: str, value: Tensor) -> None:
         raise ValueError(f"{function}: {argument} must not be empty, got shape {list(value.shape)}")
     if value.device.type != "cpu":
         require_device(function, argument, value)
+    # torch would drop the tangent of a registered op without a word.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{function}: {argument} has a forward-mode tangent; only reverse mode is supported")
 
 
 class DensityRatio:
@@ -47,7 +51,7 @@ class DensityRatio:
     Per group, float64:
         shift: ν, the root of E_Q[(f*)'(h − ν)] = 1, or the given one. Pass it back as `shift=` to reuse it.
             For kind "logit": log E_Q e^h.
-        ess: effective sample size (Σr)²/Σr², between 1 and n.
+        ess: effective sample size (Σr)²/Σr², between 1 and n. Not differentiable: use 1 / weights.square().sum().
         max_weight: the largest of `weights`.
         log_normalizer: log E_Q r; zero up to the search's tolerance unless the shift was given.
         khat: Pareto k̂ of the largest ratios (Vehtari et al. 2024): above 0.7 the weights are not to be trusted.
@@ -74,6 +78,11 @@ class DensityRatio:
             self._log_ratio = self._solve()
         return self._log_ratio
 
+    def _weighted_rows(self) -> Tensor:
+        """log r, −inf where the base weight is zero: such a sample may lie outside the domain of f*, log r = NaN."""
+        rows = self._log_rows()
+        return rows if self._base_weights is None else rows.masked_fill(self._base_weights == 0, -torch.inf)
+
     def _ratio_rows(self) -> Tensor:
         if self._ratio is None:
             self._ratio = self._log_rows().exp()
@@ -90,7 +99,7 @@ class DensityRatio:
     @property
     def weights(self) -> Tensor:
         log_sum = self._stats[..., LOG_SUM, None]
-        rows = self._log_rows()
+        rows = self._weighted_rows()
         # The sum is subtracted in float64: a float32 one would put its rounding into every weight.
         scaled = (rows - log_sum).exp() if rows.dtype == torch.float64 else _scaled(rows, log_sum)
         return self._shaped(scaled if self._base_weights is None else scaled * self._base_weights)
@@ -101,11 +110,13 @@ class DensityRatio:
 
     @property
     def ess(self) -> Tensor:
-        return (2 * self._stats[..., LOG_SUM] - self._stats[..., LOG_SQUARE]).exp()
+        stats = self._stats.detach()  # no backward formula: an error for who asks, not a gradient of zero
+        return (2 * stats[..., LOG_SUM] - stats[..., LOG_SQUARE]).exp()
 
     @property
     def max_weight(self) -> Tensor:
-        return (self._stats[..., LOG_LARGEST] - self._stats[..., LOG_SUM]).exp()
+        stats = self._stats.detach()
+        return (stats[..., LOG_LARGEST] - stats[..., LOG_SUM]).exp()
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -113,7 +124,7 @@ class DensityRatio:
 
     @property
     def khat(self) -> Tensor:
-        log_weights = self._log_rows().detach()
+        log_weights = self._weighted_rows().detach()
         if self._base_weights is not None:
             log_weights = log_weights + self._base_weights.log()
         return pareto_khat(log_weights)
@@ -239,7 +250,9 @@ def _weights_like(weights: Tensor, h: Tensor, rows: Tensor, dim: int | None) -> 
             f"density_ratio: base_weights must have shape {list(h.shape)} or [{rows.shape[-1]}], "
             f"got {list(weights.shape)}"
         )
-    return weights.detach().to(h.dtype)
+    weights = weights.detach().to(torch.promote_types(weights.dtype, h.dtype))
+    # Only proportions count: with a largest weight of one, no size of the weights leaves the range of h's dtype.
+    return (weights / weights.abs().amax(-1, keepdim=True)).to(h.dtype)
 
 
 def _shift_like(shift: float | Tensor, rows: Tensor) -> Tensor:

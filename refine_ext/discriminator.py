@@ -81,8 +81,10 @@ class Discriminator(nn.Module):
 
     Source: Husain, De Bortoli and Nock 2026 (refined model).
 
-    >>> disc = Discriminator.load("d.safetensors")  # doctest: +SKIP
-    >>> disc.log_ratio(samples)                     # doctest: +SKIP
+    >>> import torch, refine_ext as rx
+    >>> disc = rx.fit_discriminator(torch.randn(60, 2) + 1, torch.randn(60, 2), progress=False)
+    >>> (disc.kind, disc.log_ratio(torch.zeros(3, 2)).shape)
+    ('variational', torch.Size([3]))
     """
 
     reference: Tensor
@@ -167,9 +169,7 @@ class Discriminator(nn.Module):
         if batch_size is None:
             batch_size = max(1, (4 << 20) // max(1, math.prod(self.architecture.shape)))
         elif batch_size < 1:
-            raise ValueError(
-                f"Discriminator.log_ratio: batch_size must be at least 1, got {batch_size}"
-            )
+            raise ValueError(f"Discriminator.log_ratio: batch_size must be at least 1, got {batch_size}")
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             return self._tempered(self(x.to(self.reference.device)))
         if shape is None or len(x) == 0:
@@ -264,18 +264,14 @@ class Discriminator(nn.Module):
             report = FitReport.from_dict(report_values) if report_values else None
             reference = tensors["reference"]
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"Discriminator.load: {path} has a damaged configuration: {error!r}"
-            ) from None
+            raise ValueError(f"Discriminator.load: {path} has a damaged configuration: {error!r}") from None
         network = architecture.build(model=model, features=features)
         result = cls(network, architecture, calibration, reference=reference, report=report)
         try:
             result.load_state_dict(tensors)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
-                f"Discriminator.load: the weights of {path} do not fit the model: {reason}"
-            ) from None
+            raise ValueError(f"Discriminator.load: the weights of {path} do not fit the model: {reason}") from None
         return result.to(device or "cpu").eval()
 
 
@@ -311,13 +307,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except SafetensorError as error:
         raise ValueError(f"Discriminator.load: {_refusal(path, str(error))}") from None
     if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"Discriminator.load: {path} is a safetensors file but not one written by "
-            "Discriminator.save"
-        )
+        raise ValueError(f"Discriminator.load: {path} is a safetensors file but not one written by Discriminator.save")
     if metadata.get("version") != str(_VERSION):
         raise ValueError(
-            f"Discriminator.load: {path} has format version {metadata.get('version')}, "
-            f"this package reads {_VERSION}"
+            f"Discriminator.load: {path} has format version {metadata.get('version')}, this package reads {_VERSION}"
         )
     return tensors, metadata

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 
+import torch
+
 from . import _C
 
 _CODES = _C.divergence_codes()
@@ -22,9 +24,13 @@ def divergences() -> tuple[str, ...]:
     return tuple(_CODES)
 
 
-@functools.lru_cache(maxsize=256)
 def parse_divergence(function: str, name: str, kind: str = "variational") -> tuple[int, float]:
     """Code and alpha of a divergence name; kind "logit" gives the code of a plain log-ratio."""
+    # torch.compile warns of every cache it looks through.
+    return (_parse if torch.compiler.is_compiling() else _parse_once)(function, name, kind)
+
+
+def _parse(function: str, name: str, kind: str) -> tuple[int, float]:
     if not isinstance(name, str):
         raise TypeError(f"{function}: divergence must be a string, got {type(name).__name__}")
     if kind not in KINDS:
@@ -45,3 +51,6 @@ def parse_divergence(function: str, name: str, kind: str = "variational") -> tup
                 f"and 1 (that is kl), got {name!r}"
             )
     return (_LOGIT, 0.0) if kind == "logit" else (code, alpha)
+
+
+_parse_once = functools.lru_cache(maxsize=256)(_parse)

@@ -152,9 +152,7 @@ def fit_discriminator(
                     parts_real,
                     parts_fake,
                     objective=goal,
-                    schedule=Schedule(
-                        max_epochs, patience, batch_size, learning_rate, weight_decay
-                    ),
+                    schedule=Schedule(max_epochs, patience, batch_size, learning_rate, weight_decay),
                     generator=generator,
                     device=where,
                     progress=lambda bound, best: _show(bar, bound, best),
@@ -251,31 +249,23 @@ def _check_options(options: dict[str, Any]) -> None:
     model, features = options["model"], options["features"]
     if isinstance(model, str):
         if model not in ("mlp", "linear"):
-            raise ValueError(
-                "fit_discriminator: model must be 'mlp', 'linear' or a torch.nn.Module, "
-                f"got {model!r}"
-            )
+            raise ValueError(f"fit_discriminator: model must be 'mlp', 'linear' or a torch.nn.Module, got {model!r}")
     elif not isinstance(model, nn.Module):
         raise TypeError(
-            "fit_discriminator: model must be 'mlp', 'linear' or a torch.nn.Module, "
-            f"got {type(model).__name__}"
+            f"fit_discriminator: model must be 'mlp', 'linear' or a torch.nn.Module, got {type(model).__name__}"
         )
     if options["objective"] not in _OBJECTIVES:
         raise ValueError(
-            f"fit_discriminator: objective must be one of {', '.join(_OBJECTIVES)}, "
-            f"got {options['objective']!r}"
+            f"fit_discriminator: objective must be one of {', '.join(_OBJECTIVES)}, got {options['objective']!r}"
         )
     if isinstance(features, bool) or not (isinstance(features, int) or callable(features)):
         raise TypeError(
-            "fit_discriminator: features must be an even number or a function, "
-            f"got {type(features).__name__}"
+            f"fit_discriminator: features must be an even number or a function, got {type(features).__name__}"
         )
     if isinstance(features, int) and (features < 2 or features % 2):
         raise ValueError(f"fit_discriminator: features must be even and at least 2, got {features}")
     if not isinstance(options["seed"], int):
-        raise TypeError(
-            f"fit_discriminator: seed must be an integer, got {type(options['seed']).__name__}"
-        )
+        raise TypeError(f"fit_discriminator: seed must be an integer, got {type(options['seed']).__name__}")
     _check_range(options, "validation_fraction", 0.0, 1.0, open_below=True, open_above=True)
     _check_range(options, "dropout", 0.0, 1.0, open_above=True)
     _check_range(options, "learning_rate", 0.0, math.inf, open_below=True, open_above=True)
@@ -288,9 +278,7 @@ def _check_options(options: dict[str, Any]) -> None:
         _check_range(options, "norm_bound", 0.0, math.inf, open_below=True, open_above=True)
     for width in options["hidden"]:
         if not isinstance(width, int) or width < 1:
-            raise ValueError(
-                f"fit_discriminator: hidden must hold positive integers, got {options['hidden']}"
-            )
+            raise ValueError(f"fit_discriminator: hidden must hold positive integers, got {options['hidden']}")
 
 
 def _check_range(
@@ -309,6 +297,4 @@ def _check_range(
     below = value < high if open_above else value <= high
     if not (above and below):
         left, right = "(" if open_below else "[", ")" if open_above else "]"
-        raise ValueError(
-            f"fit_discriminator: {name} must be in {left}{low:g}, {high:g}{right}, got {value}"
-        )
+        raise ValueError(f"fit_discriminator: {name} must be in {left}{low:g}, {high:g}{right}, got {value}")

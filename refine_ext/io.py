@@ -80,9 +80,7 @@ class RowSource(ABC):
 
     def __init__(self, label: str, shape: tuple[int, ...], element: str) -> None:
         if element not in ELEMENTS:
-            raise ValueError(
-                f"{label}: dtype {element} is not supported; allowed: {', '.join(ELEMENTS)}"
-            )
+            raise ValueError(f"{label}: dtype {element} is not supported; allowed: {', '.join(ELEMENTS)}")
         if not shape:
             raise ValueError(f"{label}: is a single number; samples must have shape [n, ...]")
         if 0 in shape:
@@ -112,8 +110,7 @@ class RowSource(ABC):
         bad = values.size - int(np.count_nonzero(np.isfinite(values)))
         if bad:
             raise ValueError(
-                f"{self.label}: {bad} of {values.size} values read are NaN or infinite; "
-                "samples must be finite"
+                f"{self.label}: {bad} of {values.size} values read are NaN or infinite; samples must be finite"
             )
         return values.reshape((-1, *self.shape[1:]))
 
@@ -282,9 +279,7 @@ def _choose(path: Path, names: list[str], key: str | None) -> str:
         raise ValueError(f"{path}: holds no arrays")
     if key is None:
         if len(names) > 1:
-            raise ValueError(
-                f"{path}: holds {len(names)} arrays ({listed}); choose one: {path}:KEY"
-            )
+            raise ValueError(f"{path}: holds {len(names)} arrays ({listed}); choose one: {path}:KEY")
         return names[0]
     if key not in names:
         raise ValueError(f"{path}: no array named {key!r}; it holds: {listed}")
@@ -320,9 +315,7 @@ def _open_npy(path: Path) -> RowSource:
         return FileRegion(path, label, offset, shape, dtype.name)
     need = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     if os.path.getsize(path) < need:
-        raise ValueError(
-            f"{label}: truncated: {need} bytes promised, the file has {os.path.getsize(path)}"
-        )
+        raise ValueError(f"{label}: truncated: {need} bytes promised, the file has {os.path.getsize(path)}")
     return ArrayRows(np.load(path, mmap_mode="r", allow_pickle=False), label)
 
 
@@ -337,9 +330,7 @@ def _open_npz(path: Path, key: str | None) -> RowSource:
                 shape, fortran, dtype = _npy_header(member, label)
                 header = member.tell()
             if (fortran and len(shape) > 1) or not dtype.isnative:
-                raise ValueError(
-                    f"{label}: stored in Fortran or foreign byte order; save it in C order"
-                )
+                raise ValueError(f"{label}: stored in Fortran or foreign byte order; save it in C order")
             if info.compress_type != zipfile.ZIP_STORED:
                 return DeflatedMember(path, info.filename, label, header, shape, dtype.name)
         with open(path, "rb") as file:
@@ -419,6 +410,4 @@ def _open_safetensors(path: Path, key: str | None) -> RowSource:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{path}: not a readable .safetensors file: {reason}") from error
     label, element = f"{path}:{name}", _FROM_CODE.get(entry["dtype"], entry["dtype"])
-    return FileRegion(
-        path, label, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), element
-    )
+    return FileRegion(path, label, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), element)

@@ -126,8 +126,7 @@ def show_samples(
     """Fetch the rows a report shows: these, and those of the highest and lowest weights."""
     order = np.argsort(weights, kind="stable")
     before, highest, lowest = (
-        take(generated, rows, block_rows)
-        for rows in (before_rows, order[::-1][:_SHOWN], order[:_SHOWN])
+        take(generated, rows, block_rows) for rows in (before_rows, order[::-1][:_SHOWN], order[:_SHOWN])
     )
     after = None if after_rows is None else take(generated, after_rows, block_rows)
     return Samples(real, before, after, highest, lowest)

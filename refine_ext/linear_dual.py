@@ -117,14 +117,9 @@ def solve_linear_dual(
     if len(features_real) == 0:
         raise ValueError("solve_linear_dual: features_real is empty")
     if not (norm_bound > 0.0 and math.isfinite(norm_bound)):
-        raise ValueError(
-            f"solve_linear_dual: norm_bound must be positive and finite, got {norm_bound}"
-        )
+        raise ValueError(f"solve_linear_dual: norm_bound must be positive and finite, got {norm_bound}")
     if objective not in ("tight", "loose", "logistic"):
-        raise ValueError(
-            "solve_linear_dual: objective must be 'tight', 'loose' or 'logistic', "
-            f"got {objective!r}"
-        )
+        raise ValueError(f"solve_linear_dual: objective must be 'tight', 'loose' or 'logistic', got {objective!r}")
     real, fake = features_real.detach().double(), features_fake.detach().double()
     if objective == "logistic":
         problem: _Logistic | _Tight = _Logistic(real, fake)
@@ -138,9 +133,7 @@ def solve_linear_dual(
     return _maximise(problem, weight, norm_bound, tolerance, max_iterations)
 
 
-def _maximise(
-    problem: _Tight | _Logistic, weight: Tensor, radius: float, tolerance: float, limit: int
-) -> LinearDual:
+def _maximise(problem: _Tight | _Logistic, weight: Tensor, radius: float, tolerance: float, limit: int) -> LinearDual:
     model = problem.model(weight)
     gap, iteration = _gap(model.gradient, weight, radius), 0
     while gap > tolerance * max(1.0, abs(model.value)) and iteration < limit:

@@ -150,8 +150,7 @@ def evaluate_features(features: Features, x: Tensor) -> Tensor:
     phi = torch.as_tensor(features(x)).to(device=x.device, dtype=torch.float64)
     if phi.ndim != 2 or len(phi) != len(x):
         raise ValueError(
-            "fit_discriminator: features must map a batch of "
-            f"{len(x)} samples to [{len(x)}, d], got {list(phi.shape)}"
+            f"fit_discriminator: features must map a batch of {len(x)} samples to [{len(x)}, d], got {list(phi.shape)}"
         )
     return phi
 

@@ -69,9 +69,7 @@ def check_output(spec: str | os.PathLike[str], element: str | None = None, nbyte
     # a .pt is spooled before torch packs it
     need = nbytes * (2 if path.suffix.lower() in (".pt", ".pth") else 1)
     if need > free:
-        raise ValueError(
-            f"{path}: no space: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
-        )
+        raise ValueError(f"{path}: no space: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
 
 
 @dataclass
@@ -89,9 +87,7 @@ class RowWriter:
 
 
 @contextmanager
-def create_rows(
-    spec: str | os.PathLike[str], shape: tuple[int, ...], element: str
-) -> Iterator[RowWriter]:
+def create_rows(spec: str | os.PathLike[str], shape: tuple[int, ...], element: str) -> Iterator[RowWriter]:
     """Write an array block by block; the file appears under its name only when all `shape[0]` rows
     are in it.
 

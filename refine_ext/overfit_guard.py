@@ -17,9 +17,7 @@ KHAT_LIMIT = 0.7
 MIN_EFFECTIVE_SAMPLES = 5.0
 
 
-def refinement_gain(
-    log_ratio_real: Tensor, log_ratio_fake: Tensor, temperature: float = 1.0
-) -> tuple[float, float]:
+def refinement_gain(log_ratio_real: Tensor, log_ratio_fake: Tensor, temperature: float = 1.0) -> tuple[float, float]:
     """Held-out nats per sample that the tempered refinement gains over the unrefined model.
 
     ``G(tau) = E_real[tau log r] - log E_fake[exp(tau log r)]``, which is

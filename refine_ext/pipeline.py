@@ -1,16 +1,22 @@
 """The main job: real and generated samples in, a refined sample out, both possibly larger than
 memory.
 
-One pass over the files draws a seeded subset to train on, one pass scores every generated row, one
-pass gathers the
-chosen rows in the order of the generated file. What grows with the generated sample is a few floats
-a row, nothing else.
+One pass over the files draws a seeded subset to train on, one pass scores every generated row, and
+one pass gathers the chosen rows in the order of the generated file. What grows with the generated
+sample is a few floats a row, nothing else.
+
+One discriminator scores all rows, those it was trained on too. Two-fold cross-fitting (each half
+scored by a discriminator trained on the other) was measured on the demo's digits, 5 seeds, 600 and
+3000 generated rows: the paired change of the held-out AUC was +0.036 ± 0.012 and +0.016 ± 0.009
+(linear), +0.003 ± 0.011 and -0.015 ± 0.010 (mlp), of the energy distance between -0.01 and +0.03,
+within its error. Half the training data costs as much as an unseen score gains, at twice the time.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +33,7 @@ from .judging import (
     take,
 )
 from .output import check_output, create_rows
+from .threads import at_most_threads
 
 if TYPE_CHECKING:
     from .discriminator import Discriminator
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
 
 METHODS = ("resample", "rejection", "metropolis", "weights")
 MINIMUM_ROWS = 40  # fewer leave nothing to hold out after the fit's own split
+# features up to which the fit's batches are too small to share among threads
+_SMALL = 256
 # steps a Metropolis chain takes before its first kept draw: it starts at a plain generated sample
 _BURN_IN = 500
 # float64 log-ratio, ratio, weights and sort buffers, an int64 index: what one generated row costs
@@ -124,15 +133,12 @@ class _Plan:
     batch_rows: int
 
 
-def _plan_memory(
-    real: RowSource, generated: RowSource, options: RefineOptions, loaded: bool
-) -> _Plan:
+def _plan_memory(real: RowSource, generated: RowSource, options: RefineOptions, loaded: bool) -> _Plan:
     allowed = f"refine: --memory {options.memory / 2**20:.0f} MiB"
     scores = _BYTES_PER_SCORE * len(generated)
     if scores > options.memory // 2:
         raise ValueError(
-            f"{allowed} is too small to weigh {len(generated)} generated rows; "
-            f"at least {2 * scores / 2**20:.0f} MiB"
+            f"{allowed} is too small to weigh {len(generated)} generated rows; at least {2 * scores / 2**20:.0f} MiB"
         )
     features = real.features
     row = features * max(s.decoded_dtype.itemsize for s in (real, generated))
@@ -165,22 +171,16 @@ def check_pair(real: RowSource, generated: RowSource) -> None:
         )
     for source in (real, generated):
         if len(source) < MINIMUM_ROWS:
-            raise ValueError(
-                f"{source.label}: has {len(source)} rows; at least {MINIMUM_ROWS} are needed"
-            )
+            raise ValueError(f"{source.label}: has {len(source)} rows; at least {MINIMUM_ROWS} are needed")
 
 
 def _bar(total: int, what: str, options: RefineOptions) -> Any:
     from tqdm import tqdm
 
-    return tqdm(
-        total=total, desc=what, unit="row", unit_scale=True, disable=not options.progress, delay=1.0
-    )
+    return tqdm(total=total, desc=what, unit="row", unit_scale=True, disable=not options.progress, delay=1.0)
 
 
-def _score(
-    discriminator: Discriminator, generated: RowSource, plan: _Plan, options: RefineOptions
-) -> np.ndarray:
+def _score(discriminator: Discriminator, generated: RowSource, plan: _Plan, options: RefineOptions) -> np.ndarray:
     """log r of every generated row, float64 [n]."""
     import torch
 
@@ -193,9 +193,7 @@ def _score(
     return out
 
 
-def _choose_rows(
-    log_ratio: np.ndarray, options: RefineOptions
-) -> tuple[np.ndarray | None, list[str]]:
+def _choose_rows(log_ratio: np.ndarray, options: RefineOptions) -> tuple[np.ndarray | None, list[str]]:
     """Ascending indices of the refined sample."""
     import torch
 
@@ -224,8 +222,7 @@ def _choose_rows(
     notes = []
     if len(rows) > 2 * distinct:
         notes.append(
-            f"{len(rows)} rows drawn but only {distinct} of them distinct: "
-            "ask for fewer with --num, or generate more"
+            f"{len(rows)} rows drawn but only {distinct} of them distinct: ask for fewer with --num, or generate more"
         )
     return rows, notes
 
@@ -263,8 +260,10 @@ def refine(
     Source: Husain, De Bortoli and Nock 2026 (refined model dQ̂ = (f*)′(h* − ν*) dQ).
 
     Example:
-        >>> RefineOptions(method="rejection").num is None
-        True
+        >>> from refine_ext.io import ArrayRows
+        >>> x = np.random.default_rng(0).normal(size=(400, 2))
+        >>> refine(ArrayRows(x[:200]), ArrayRows(x[200:] + 0.5)).indices.shape
+        (200,)
     """
     import torch
 
@@ -272,9 +271,7 @@ def refine(
 
     options = options or RefineOptions()
     if options.method not in METHODS:
-        raise ValueError(
-            f"refine: method must be one of {', '.join(METHODS)}, got {options.method!r}"
-        )
+        raise ValueError(f"refine: method must be one of {', '.join(METHODS)}, got {options.method!r}")
     if options.num is not None and options.num < 1:
         raise ValueError(f"refine: num must be at least 1, got {options.num}")
     check_pair(real, generated)
@@ -302,13 +299,7 @@ def refine(
     scores = _score(discriminator, generated, plan, options)
     # over all rows, not only those trained on: r must average to one over what is drawn from
     ratio = density_ratio(torch.from_numpy(scores), kind="logit")
-    real_scores = (
-        discriminator.log_ratio(held_real, batch_size=plan.batch_rows)
-        .detach()
-        .cpu()
-        .double()
-        .numpy()
-    )
+    real_scores = discriminator.log_ratio(held_real, batch_size=plan.batch_rows).detach().cpu().double().numpy()
     report = discriminator.report
     refined = Refined(
         log_ratio=ratio.log_ratio.numpy(),
@@ -327,8 +318,7 @@ def refine(
     _weigh_evidence(refined, loaded)
     if loaded and held_out is None:
         refined.notes.append(
-            "the discriminator may have been trained on the rows that judge it here; "
-            "give others with --held-out"
+            "the discriminator may have been trained on the rows that judge it here; give others with --held-out"
         )
     if refined.refinable or options.force:
         refined.indices, notes = _choose_rows(refined.log_ratio, options)
@@ -347,9 +337,7 @@ def refine(
             )
     elif len(held_real):
         rows = random_rows(generator, len(generated), len(held_real))
-        refined.samples = show_samples(
-            held_real, generated, refined.weights, rows, None, plan.block_rows
-        )
+        refined.samples = show_samples(held_real, generated, refined.weights, rows, None, plan.block_rows)
     return refined
 
 
@@ -368,19 +356,19 @@ def _fit(real: np.ndarray, fake: np.ndarray, options: RefineOptions) -> Discrimi
 
     for array, name in ((real, "real"), (fake, "generated")):
         if array.size and np.ptp(array) == 0:
-            raise ValueError(
-                f"refine: the {name} rows are constant, every value is {array.flat[0]:g}"
-            )
-    return fit_discriminator(
-        real,
-        fake,
-        model=options.model,
-        divergence=options.divergence,
-        objective=options.objective,
-        seed=options.seed,
-        device=options.device,
-        progress=options.progress,
-    )
+            raise ValueError(f"refine: the {name} rows are constant, every value is {array.flat[0]:g}")
+    small = real[0].size <= _SMALL
+    with at_most_threads(1) if small else nullcontext():
+        return fit_discriminator(
+            real,
+            fake,
+            model=options.model,
+            divergence=options.divergence,
+            objective=options.objective,
+            seed=options.seed,
+            device=options.device,
+            progress=options.progress,
+        )
 
 
 def output_shape(refined: Refined, generated: RowSource) -> tuple[tuple[int, ...], str]:
@@ -390,25 +378,19 @@ def output_shape(refined: Refined, generated: RowSource) -> tuple[tuple[int, ...
     return (len(refined.indices), *generated.shape[1:]), generated.element
 
 
-def write(
-    refined: Refined, generated: RowSource, out: str | os.PathLike[str], options: RefineOptions
-) -> None:
+def write(refined: Refined, generated: RowSource, out: str | os.PathLike[str], options: RefineOptions) -> None:
     """Gather the refined rows, bit for bit as they stand in the generated file (or write the
     weights)."""
     shape, element = output_shape(refined, generated)
     block_bytes = max(1, options.memory // 16)
-    check_output(
-        out, element, 8 * shape[0] if refined.indices is None else shape[0] * generated.row_bytes
-    )
+    check_output(out, element, 8 * shape[0] if refined.indices is None else shape[0] * generated.row_bytes)
     with create_rows(out, shape, element) as writer, _bar(shape[0], "writing", options) as bar:
         for raw in _rows_to_write(refined, generated, block_bytes):
             writer.write(raw)
             bar.update(len(raw))
 
 
-def _rows_to_write(
-    refined: Refined, generated: RowSource, block_bytes: int
-) -> Iterator[np.ndarray]:
+def _rows_to_write(refined: Refined, generated: RowSource, block_bytes: int) -> Iterator[np.ndarray]:
     if refined.indices is None:
         yield refined.weights.astype(np.float64)[:, None].view(np.uint8)
     else:

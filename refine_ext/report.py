@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,7 @@ def require_matplotlib() -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "the picture needs matplotlib: pip install 'refine-ext[demo]'", name="matplotlib"
-        )
+        raise ModuleNotFoundError("the picture needs matplotlib: pip install 'refine-ext[demo]'", name="matplotlib")
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -86,9 +85,7 @@ def as_images(samples: np.ndarray) -> np.ndarray | None:
     return samples[..., 0] if samples.shape[-1] == 1 else samples
 
 
-def draw_grid(
-    axes: Axes, images: np.ndarray, rows: int, columns: int, limits: tuple[float, float]
-) -> None:
+def draw_grid(axes: Axes, images: np.ndarray, rows: int, columns: int, limits: tuple[float, float]) -> None:
     """The first rows × columns images as one mosaic, all on one grey or colour scale."""
     images = images[: rows * columns]
     height, width = images.shape[1:3]
@@ -106,16 +103,12 @@ def draw_grid(
     axes.set_axis_off()
 
 
-def draw_plane(
-    axes: Axes, samples: np.ndarray, real: np.ndarray, generated: np.ndarray, colour: str
-) -> None:
+def draw_plane(axes: Axes, samples: np.ndarray, real: np.ndarray, generated: np.ndarray, colour: str) -> None:
     """Samples over the real ones: a histogram, the plane, or the first two principal axes of both.
 
     What `generated` covers decides the limits too, so that the panels of one report share them.
     """
-    shown, base, other = (
-        x.reshape(len(x), -1).astype(np.float64) for x in (samples, real, generated)
-    )
+    shown, base, other = (x.reshape(len(x), -1).astype(np.float64) for x in (samples, real, generated))
     both = np.concatenate([base, other])
     axes.set_yticks([])
     if base.shape[1] == 1:
@@ -173,9 +166,7 @@ def draw_weights(axes: Axes, weights: np.ndarray, ess: float) -> None:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":")
     axes.set_xlabel("share of generated samples, heaviest first")
     axes.set_ylabel("share of weight")
-    axes.set_title(
-        f"effective samples {ess:.0f} of {len(weights)} ({ess / len(weights):.0%})", fontsize=10
-    )
+    axes.set_title(f"effective samples {ess:.0f} of {len(weights)} ({ess / len(weights):.0%})", fontsize=10)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.01)
     _bare(axes)
@@ -200,9 +191,7 @@ def draw_measure(
         error = np.zeros(2)
     means = pairs.mean(axis=1)
     for x, colour in ((0, BEFORE), (1, AFTER)):
-        axes.errorbar(
-            x, means[x], error[x], fmt="o", markersize=9, capsize=5, color=colour, zorder=3
-        )
+        axes.errorbar(x, means[x], error[x], fmt="o", markersize=9, capsize=5, color=colour, zorder=3)
         above = means[x] >= means[1 - x]
         clearance = 13 + (0.0 if error[x] == 0 else 8)
         axes.annotate(
@@ -214,6 +203,7 @@ def draw_measure(
             va="center",
             color=colour,
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
         )
     if ideal is not None:
         axes.axhline(ideal, color="0.45", linewidth=1, linestyle="--", zorder=0)
@@ -238,7 +228,7 @@ def measured(before: TwoSample, after: TwoSample) -> list[str]:
     return [name for name in TITLES if a[name] is not None and b[name] is not None]
 
 
-def _draw_samples(figure: Figure, grid: Any, samples: Samples) -> None:
+def _draw_samples(figure: Any, grid: Any, samples: Samples, verdict: str) -> None:
     panels = [
         ("held-out real", samples.real, REAL),
         ("generated", samples.before, BEFORE),
@@ -251,7 +241,8 @@ def _draw_samples(figure: Figure, grid: Any, samples: Samples) -> None:
         axes.set_title(title, color=colour, fontweight="bold")
         if values is None:
             axes.set_axis_off()
-            axes.text(0.5, 0.5, "refused", ha="center", fontsize=16, color="0.5")
+            text = textwrap.fill(verdict, 34)
+            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=11, color=BEFORE)
             continue
         images = as_images(values)
         if images is not None:
@@ -267,9 +258,7 @@ def draw_refined(refined: Refined, title: str) -> Figure:
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.0, 0.95])
     upper, lower = parts
     if refined.samples is not None:
-        _draw_samples(upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples)
-    if not refined.refinable:
-        figure.text(0.01, 0.955, refined.verdict, fontsize=11, color=BEFORE, va="top")
+        _draw_samples(upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples, refined.verdict)
     names = measured(refined.before, refined.after) if refined.before and refined.after else []
     grid = lower.add_gridspec(1, 2 + len(names), width_ratios=[1.9, 1.5, *[1.0] * len(names)])
     draw_log_ratios(

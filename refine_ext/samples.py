@@ -23,19 +23,14 @@ def as_tensor(x: Any, *, function: str, argument: str) -> Tensor:
         tensor = x.detach()
     elif isinstance(x, np.ndarray):
         if x.dtype != np.uint8 and x.dtype not in (np.float16, np.float32, np.float64):
-            raise TypeError(
-                f"{function}: {argument} must be floating or uint8, got a NumPy {x.dtype} array"
-            )
+            raise TypeError(f"{function}: {argument} must be floating or uint8, got a NumPy {x.dtype} array")
         # asarray also undoes foreign byte orders; read-only maps are copied by torch's rules.
         native = np.asarray(x, dtype=x.dtype.newbyteorder("="))
         if not native.flags.writeable or any(s < 0 for s in native.strides):
             native = native.copy()
         tensor = torch.from_numpy(native)
     else:
-        raise TypeError(
-            f"{function}: {argument} must be a NumPy array or a torch tensor, "
-            f"got {type(x).__name__}"
-        )
+        raise TypeError(f"{function}: {argument} must be a NumPy array or a torch tensor, got {type(x).__name__}")
     if tensor.dtype in (torch.uint8, torch.float16, torch.bfloat16):
         tensor = tensor.float()
     elif tensor.dtype not in (torch.float32, torch.float64):
@@ -50,7 +45,7 @@ def check_samples(real: Any, fake: Any, *, function: str) -> tuple[Tensor, Tenso
 
     Raises:
         TypeError: a type or dtype that is not supported.
-        ValueError: empty or too small, not finite, shapes that differ, or no feature that varies.
+        ValueError: empty or too small, not finite, shapes or devices that differ, or no feature that varies.
     """
     pair = []
     for argument, x in (("real", real), ("fake", fake)):
@@ -75,6 +70,8 @@ def check_samples(real: Any, fake: Any, *, function: str) -> tuple[Tensor, Tenso
             f"{function}: real and fake must have the same features, got "
             f"{list(first.shape[1:])} and {list(second.shape[1:])} per sample"
         )
+    if first.device != second.device:
+        raise ValueError(f"{function}: real and fake must be on one device, got {first.device} and {second.device}")
     if all(bool((x == first[:1]).all()) for x in pair):
         raise ValueError(f"{function}: real and fake are constant: every sample is the same")
     return first, second

@@ -44,7 +44,8 @@ def summary(refined: Refined) -> str:
         what = f"{fit['model']}, {fit['divergence']}, {fit['objective']} objective"
         lines.append(f"{'fit':<12} {what}")
     gain = ""
-    if refined.gain is not None and refined.gain_full is not None:
+    # where the supports do not meet, the gain is only as finite as the network
+    if refined.refinable and refined.gain is not None and refined.gain_full is not None:
         gain = (
             f", held-out gain {refined.gain[0]:+.3f} ± {refined.gain[1]:.3f} nats a sample "
             f"(at full strength {refined.gain_full[0]:+.3f} ± {refined.gain_full[1]:.3f})"
@@ -69,9 +70,7 @@ def _measure_lines(refined: Refined) -> list[str]:
     from .report import measured
 
     before, after = refined.before, refined.after
-    lines = [
-        f"held-out     {'':<18}{'generated':>11}{'refined':>11}   ({before.n_real} real samples)"
-    ]
+    lines = [f"held-out     {'':<18}{'generated':>11}{'refined':>11}   ({before.n_real} real samples)"]
     for name in measured(before, after):
         title, direction = TITLES[name]
         values = [getattr(sample, name) for sample in (before, after)]

@@ -45,9 +45,7 @@ class Objective:
         """
         if not bool(torch.isfinite(torch.cat([real, fake])).all()):
             return math.nan
-        bound = variational_bound(
-            real.double(), fake.double(), self.divergence, tight=True, kind=self.kind
-        )
+        bound = variational_bound(real.double(), fake.double(), self.divergence, tight=True, kind=self.kind)
         return float(bound)
 
 
@@ -122,9 +120,7 @@ def train_network(
         ValueError: no epoch had a finite held-out objective.
     """
     real, fake = parts_real.train, parts_fake.train
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-    )
+    optimiser = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     size = min(schedule.batch_size, len(real), len(fake))
     length = max(len(real), len(fake)) // size
     best = Trained(epochs=0, best_epoch=0, bound=-math.inf)
@@ -214,10 +210,8 @@ def train_linear(
     spread = float((both - both.mean(0)).square().sum(1).mean().sqrt())
     if spread <= 1e-12 * float(both.abs().max()):
         raise ValueError("fit_discriminator: features are constant over all samples")
-    if norm_bound is None:
-        path = [_FIRST_SPAN / spread * 2.0**k for k in range(_DOUBLINGS)]
-    else:
-        path = [norm_bound]
+    doubling = [_FIRST_SPAN / spread * 2.0**k for k in range(_DOUBLINGS)]
+    path = doubling if norm_bound is None else [norm_bound]
     kept: LinearDual | None = None
     last: LinearDual | None = None
     result = Trained(epochs=0, best_epoch=0, bound=-math.inf)
@@ -232,9 +226,7 @@ def train_linear(
                 tolerance=tolerance,
                 initial=last.weight if last else None,
             )
-        heldout = objective.heldout(
-            stop_real @ last.weight + last.intercept, stop_fake @ last.weight + last.intercept
-        )
+        heldout = objective.heldout(stop_real @ last.weight + last.intercept, stop_fake @ last.weight + last.intercept)
         result.epochs += 1
         if kept is None or heldout > _EARNINGS * max(result.bound, 0.0):
             kept, result.best_epoch, result.bound = last, result.epochs, heldout

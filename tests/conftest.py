@@ -1,4 +1,4 @@
-"""What every test shares: reproducible random numbers, hypothesis without wall-clock limits, and which marks run where."""
+"""What every test shares: reproducible random numbers, hypothesis without wall-clock limits, marks."""
 
 from __future__ import annotations
 

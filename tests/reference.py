@@ -80,9 +80,9 @@ def log_ratio(name: str, t: np.ndarray) -> np.ndarray:
             return -np.log(-t)
         if name == "jensen_shannon":
             # log(e^t / (2 - e^t)) by the distance to the edge.
-            return -np.log(np.expm1(np.log(two) - t))
+            return _minus_log_expm1(np.log(two) - t)
         if name == "gan":
-            return -np.log(np.expm1(-t))
+            return _minus_log_expm1(-t)
         if name == "pearson_chi2":
             return np.log1p(np.maximum(t / two, -one))
         if name == "neyman_chi2":
@@ -94,6 +94,11 @@ def log_ratio(name: str, t: np.ndarray) -> np.ndarray:
         a = np.longdouble(alpha_of(name))
         z = (a - one) * t
         return np.log1p(np.maximum(z, -one) if a > 1 else z) / (a - one)
+
+
+def _minus_log_expm1(u: np.ndarray) -> np.ndarray:
+    """-log(e^u - 1), where e^u may overflow."""
+    return np.where(u > 1, -u - np.log1p(-np.exp(-u)), -np.log(np.expm1(np.minimum(u, 1))))
 
 
 def _log_of_wright_omega(z: np.ndarray) -> np.ndarray:
@@ -135,7 +140,7 @@ def log_ratio_below(name: str, u: np.ndarray) -> np.ndarray:
         return log_ratio(name, -u)
     with np.errstate(all="ignore"):
         if name in ("jensen_shannon", "gan"):
-            return -np.log(np.expm1(u))
+            return _minus_log_expm1(u)
         # f' = s - r^(a-1) / (1 - a), where a is 0 for reverse_kl; the named ones are multiples of alpha.
         a, scale = {
             "reverse_kl": (0, 1),

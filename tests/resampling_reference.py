@@ -94,7 +94,5 @@ def resample(boundaries, num, method, seed, offset=0, row=0):
     if rest == 0:
         return certain
     shift = max(0, (total * rest).bit_length() - 62)
-    left = [
-        c * num - total * f >> shift for c, f in zip(boundaries, accumulate(copies), strict=True)
-    ]
+    left = [c * num - total * f >> shift for c, f in zip(boundaries, accumulate(copies), strict=True)]
     return certain + owners(left, [mulhi(j, left[-1]) for j in range(rest)])

@@ -77,16 +77,12 @@ def test_the_mixture_misses_the_grey_levels():
 
 @pytest.mark.parametrize("name", ["auc", "energy_distance", "mmd2"])
 def test_refinement_improves_every_seed(result, name):
-    for before, after in zip(
-        result.column("before", name), result.column("after", name), strict=True
-    ):
+    for before, after in zip(result.column("before", name), result.column("after", name), strict=True):
         assert after < before
 
 
 def test_refinement_improves_precision_and_removes_noise(result):
-    assert np.mean(result.column("after", "precision")) > np.mean(
-        result.column("before", "precision")
-    )
+    assert np.mean(result.column("after", "precision")) > np.mean(result.column("before", "precision"))
     for seed in result.seeds:
         shares = seed.shares()
         assert shares["after"][2] < 0.75 * shares["before"][2]
@@ -135,9 +131,7 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_missing_extras_name_the_pip_command(tmp_path, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        demo.importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name)
-    )
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name))
     done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "d")])
     assert done.exit_code == 1
     assert done.stderr == ("error: the demo needs scikit-learn: pip install 'refine-ext[demo]'\n")

@@ -16,6 +16,8 @@ from reference import (
     SUPREMUM,
     alpha_of,
     definition,
+    log_ratio,
+    log_ratio_below,
     mp_log_ratio,
     slope,
 )
@@ -27,9 +29,7 @@ from refine_ext.divergence import parse_divergence
 
 EPS = np.finfo(np.float64).eps
 # Log-ratios from subnormal to overflowing ratios, dense around one.
-LOG_RATIOS = np.concatenate(
-    [np.linspace(-690, 690, 139), np.linspace(-3, 3, 61), [1e-3, -1e-3, 1e-8, -1e-8, 1e-300]]
-)
+LOG_RATIOS = np.concatenate([np.linspace(-690, 690, 139), np.linspace(-3, 3, 61), [1e-3, -1e-3, 1e-8, -1e-8, 1e-300]])
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -253,7 +253,25 @@ def test_unknown_names_are_refused(name):
 
 
 def test_names_of_another_type_are_refused():
-    with pytest.raises(TypeError, match="some_function: divergence must be a string, got int"):
+    with pytest.raises(TypeError, match=r"some_function: divergence must be a string, got int"):
         parse_divergence("some_function", 3)
-    with pytest.raises(ValueError, match="kind must be one of variational, logit, got 'raw'"):
+    with pytest.raises(ValueError, match=r"kind must be one of variational, logit, got 'raw'"):
         parse_divergence("some_function", "kl", "raw")
+
+
+@every_family
+def test_the_extended_precision_reference(name):
+    """The examiner's own formulas, which the tests of density_ratio rely on, against bisection in 120 digits."""
+    edge = SUPREMUM.get(name)
+    for distance in (1e-9, 0.01, 0.3, 1.0, 2.5, 40.0):
+        t = edge - distance if edge is not None else 1.5 - distance
+        want = mp_log_ratio(name, mpf(float(t)))
+        got = log_ratio(name, np.array([t]))[0]
+        if want == -mpmath.inf:
+            assert got == -np.inf
+            continue
+        # Next to an edge that is not a float64 itself, t keeps seven digits of 1e-9.
+        digits = 1e-6 if distance < 1e-8 else 1e-12
+        assert float(got) == pytest.approx(float(want), rel=digits, abs=digits)
+        below = log_ratio_below(name, np.array([(edge if edge is not None else 0.0) - np.longdouble(t)]))[0]
+        assert float(below) == pytest.approx(float(want), rel=digits, abs=digits)

@@ -8,7 +8,7 @@ import pytest
 
 import refine_ext
 
-MODULES = [m.name for m in pkgutil.iter_modules(refine_ext.__path__) if not m.name.startswith("_")]
+MODULES = [m.name for m in pkgutil.iter_modules(refine_ext.__path__) if not m.name.startswith(("_", "lib"))]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -85,9 +85,7 @@ def test_other_libraries_read_what_is_written(tmp_path, element, suffix):
     elif suffix == ".npz":
         got = np.load(path)["samples"]
     else:
-        loaded = (
-            torch.load(path, weights_only=True) if suffix == ".pt" else load_file(path)["samples"]
-        )
+        loaded = torch.load(path, weights_only=True) if suffix == ".pt" else load_file(path)["samples"]
         assert str(loaded.dtype) == f"torch.{element}"
         got = (loaded.view(torch.uint16) if element == "bfloat16" else loaded).numpy()
     assert got.dtype == bits.dtype

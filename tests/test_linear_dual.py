@@ -56,9 +56,7 @@ def reference_value(w, real, fake, name):
             value = nu + f_star(h - nu).mean()
         return value if np.isfinite(value) else 1e30
 
-    found = scipy_optimize.minimize_scalar(
-        at, bounds=(1e-12, 1.0), method="bounded", options={"xatol": 1e-13}
-    )
+    found = scipy_optimize.minimize_scalar(at, bounds=(1e-12, 1.0), method="bounded", options={"xatol": 1e-13})
     return real.mean(0) @ w - found.fun
 
 
@@ -115,9 +113,7 @@ def test_logistic_agrees_with_bfgs_and_has_the_best_intercept():
         w, b = parameters[:-1], parameters[-1]
         return np.logaddexp(0, -(real @ w + b)).mean() + np.logaddexp(0, fake @ w + b).mean()
 
-    solved = solve_linear_dual(
-        torch.tensor(real), torch.tensor(fake), norm_bound=50.0, objective="logistic"
-    )
+    solved = solve_linear_dual(torch.tensor(real), torch.tensor(fake), norm_bound=50.0, objective="logistic")
     found = scipy_optimize.minimize(loss, np.zeros(5), method="BFGS", options={"gtol": 1e-10})
     assert -solved.value == pytest.approx(found.fun, abs=1e-9)
     np.testing.assert_allclose(solved.weight.numpy(), found.x[:-1], atol=2e-3)
@@ -135,9 +131,7 @@ def test_the_primal_side_of_the_duality_equals_the_value(divergence):
         "squared_hellinger": lambda u: (np.sqrt(u) - 1) ** 2,
     }[divergence]
     real, fake = samples(2)
-    solved = solve_linear_dual(
-        torch.tensor(real), torch.tensor(fake), divergence, norm_bound=2.0, tolerance=1e-10
-    )
+    solved = solve_linear_dual(torch.tensor(real), torch.tensor(fake), divergence, norm_bound=2.0, tolerance=1e-10)
     r = density_ratio(torch.tensor(fake) @ solved.weight, divergence).ratio.numpy()
     distance = np.linalg.norm(real.mean(0) - (r[:, None] * fake).mean(0))
     assert f(r).mean() + 2.0 * distance == pytest.approx(solved.value, abs=1e-8)
@@ -148,9 +142,7 @@ def test_gap_bounds_the_error_at_any_point():
     real, fake = (torch.tensor(x) for x in samples(3))
     best = solve_linear_dual(real, fake, norm_bound=5.0, tolerance=1e-12)
     for iterations in (0, 1, 2):
-        early = solve_linear_dual(
-            real, fake, norm_bound=5.0, tolerance=1e-12, max_iterations=iterations
-        )
+        early = solve_linear_dual(real, fake, norm_bound=5.0, tolerance=1e-12, max_iterations=iterations)
         assert not early.converged
         assert best.value - early.value <= early.gap * (1 + 1e-9)
         assert best.value > early.value

@@ -25,9 +25,7 @@ def normal(seed: int, n: int, d: int = 1, shift: float = 0.0) -> np.ndarray:
 
 def folded_normal_mean(mean: float, deviation: float) -> float:
     z = mean / deviation
-    return deviation * math.sqrt(2 / math.pi) * math.exp(-(z**2) / 2) + mean * math.erf(
-        z / math.sqrt(2)
-    )
+    return deviation * math.sqrt(2 / math.pi) * math.exp(-(z**2) / 2) + mean * math.erf(z / math.sqrt(2))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -49,9 +47,7 @@ def test_energy_distance_is_the_square_of_scipys(seed):
 def test_energy_distance_of_gaussians(shift):
     # X − Y ~ N(shift, 2), X − X' ~ N(0, 2): folded normals
     expected = 2 * folded_normal_mean(shift, math.sqrt(2)) - 2 * folded_normal_mean(0, math.sqrt(2))
-    estimates = [
-        energy_distance(normal(s, 400), normal(s + 999, 400, shift=shift)) for s in range(20)
-    ]
+    estimates = [energy_distance(normal(s, 400), normal(s + 999, 400, shift=shift)) for s in range(20)]
     error = np.std(estimates, ddof=1) / math.sqrt(len(estimates))
     assert abs(np.mean(estimates) - expected) < 4 * error
 
@@ -62,10 +58,7 @@ def test_mmd_of_gaussians(shift):
     b = 0.8
     same = b / math.sqrt(b**2 + 2)
     expected = 2 * same * (1 - math.exp(-(shift**2) / (2 * (b**2 + 2))))
-    estimates = [
-        gaussian_mmd2(normal(s, 400), normal(s + 999, 400, shift=shift), bandwidth=b)
-        for s in range(20)
-    ]
+    estimates = [gaussian_mmd2(normal(s, 400), normal(s + 999, 400, shift=shift), bandwidth=b) for s in range(20)]
     error = np.std(estimates, ddof=1) / math.sqrt(len(estimates))
     assert abs(np.mean(estimates) - expected) < 4 * error
 
@@ -81,10 +74,7 @@ def test_biased_mmd_against_the_double_sum():
 
 
 def test_p_values_are_uniform_under_the_null():
-    values = [
-        permutation_test(distances(normal(s, 60, 2)), 30, permutations=99, seed=s)[1]
-        for s in range(300)
-    ]
+    values = [permutation_test(distances(normal(s, 60, 2)), 30, permutations=99, seed=s)[1] for s in range(300)]
     # ties of the grid 0.01, 0.02, … are broken at random
     jitter = np.random.default_rng(0).uniform(0, 0.01, size=len(values))
     assert stats.kstest(np.array(values) - jitter, "uniform").pvalue > 1e-3

@@ -7,8 +7,8 @@
 namespace refine_ext {
 namespace {
 
-double largest_of(const ResamplingKernels& kernels, Storage storage, const void* p, int64_t begin, int64_t end,
-                  bool threaded) {
+double largest_of(const ResamplingKernels& kernels, Storage storage, const void* p, int64_t begin,
+                  int64_t end, bool threaded) {
   const int64_t ranges = (end - begin + kGrain - 1) / kGrain;
   std::vector<double> found(ranges);
   parallel_for(0, ranges, threaded ? 1 : ranges, [&](int64_t first, int64_t last) {
@@ -24,7 +24,8 @@ double largest_of(const ResamplingKernels& kernels, Storage storage, const void*
   return best;
 }
 
-// One chain. A batch of steps is prepared at once: its random numbers and proposals do not depend on the state.
+// One chain. A batch of steps is prepared at once: its random numbers and proposals do not depend on the
+// state.
 class Chain {
  public:
   Chain(const MetropolisProblem& problem, int64_t chain)
@@ -39,8 +40,7 @@ class Chain {
     constexpr int64_t kBatch = 512;
     alignas(64) uint64_t proposal[kBatch];
     alignas(64) double log_unit[kBatch], proposed[kBatch];
-    const bool free_start = problem_.initial == nullptr;
-    double current = free_start ? 0.0 : problem_.initial[chain_];
+    double current = problem_.initial ? problem_.initial[chain_] : 0.0;
     int64_t state = -1, accepted = 0, drawn = 0, due = problem_.burn_in;
     int64_t* out = problem_.out + chain_ * problem_.num;
     for (int64_t first = 0; first < steps_; first += kBatch) {
@@ -51,16 +51,24 @@ class Chain {
                                         : mulhi(proposal[k], static_cast<uint64_t>(problem_.n));
       }
       for (int64_t k = 0; k < count; ++k) proposed[k] = load(proposal[k]);
+      if (first == 0 && !problem_.initial) {
+        // Taken whatever its ratio; compared with itself below, which must not count.
+        state = static_cast<int64_t>(proposal[0]);
+        current = proposed[0];
+        accepted -= metropolis_accepts(log_unit[0], current, current);
+      }
       for (int64_t k = 0; k < count; ++k) {
-        const int64_t step = first + k;
-        const bool take = metropolis_accepts(log_unit[k], proposed[k], current);
-        const bool forced = state < 0 && (free_start || step == problem_.burn_in);
-        accepted += take && !(free_start && step == 0);
-        if (take || forced) {
-          state = static_cast<int64_t>(proposal[k]);
-          current = proposed[k];
-        }
-        if (step == due) {
+        // By masks: a branch on what chance decides is mispredicted as often as not.
+        const int64_t take = -static_cast<int64_t>(metropolis_accepts(log_unit[k], proposed[k], current));
+        state ^= (state ^ static_cast<int64_t>(proposal[k])) & take;
+        const int64_t bits = std::bit_cast<int64_t>(current);
+        current = std::bit_cast<double>(bits ^ ((bits ^ std::bit_cast<int64_t>(proposed[k])) & take));
+        accepted -= take;
+        if (first + k == due) {
+          if (state < 0) {
+            state = static_cast<int64_t>(proposal[k]);
+            current = proposed[k];
+          }
           out[drawn++] = state;
           due += problem_.thin;
         }
@@ -96,15 +104,16 @@ DrawReport rejection_cpu(const RejectionProblem& problem) {
     double bound = largest_of(kernels, problem.storage, problem.log_ratio, begin, end, threaded);
     if (std::isnan(bound)) return DrawError::invalid;
     if (problem.log_bound) bound = std::max(bound, problem.log_bound[row]);
-    const bool plain = problem.gamma == nullptr;
-    const Acceptance acceptance{bound, plain ? 0.0 : reproducible_exp(problem.gamma[row]),
-                                reproducible_exp(-problem.epsilon), plain};
+    const Acceptance acceptance = problem.gamma
+                                      ? Acceptance::shifted(bound, problem.gamma[row], problem.epsilon)
+                                      : Acceptance::plain(bound);
     const PhiloxSequence sequence = problem.seeds.sequence(row, Stream::rejection);
     // Number offset + i belongs to sample i of the row, wherever the row begins.
     const uint64_t offset = problem.seeds.offset - static_cast<uint64_t>(begin);
     std::atomic<int64_t> accepted{0};
     parallel_for(begin, end, threaded ? kGrain : problem.n, [&](int64_t from, int64_t to) {
-      accepted += kernels.accept(problem.storage, problem.log_ratio, from, to, acceptance, sequence, offset, problem.keep);
+      accepted += kernels.accept(problem.storage, problem.log_ratio, from, to, acceptance, sequence, offset,
+                                 problem.keep);
     });
     problem.new_bound[row] = bound;
     problem.accepted[row] = accepted;
@@ -113,7 +122,8 @@ DrawReport rejection_cpu(const RejectionProblem& problem) {
 }
 
 DrawReport metropolis_cpu(const MetropolisProblem& problem) {
-  const double bound = largest_of(resampling_kernels_table(), problem.storage, problem.log_ratio, 0, problem.n, true);
+  const double bound =
+      largest_of(resampling_kernels_table(), problem.storage, problem.log_ratio, 0, problem.n, true);
   if (std::isnan(bound)) return {DrawError::invalid, 0};
   const int64_t steps = metropolis_steps(problem.num, problem.burn_in, problem.thin);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(steps, 1));
@@ -122,9 +132,15 @@ DrawReport metropolis_cpu(const MetropolisProblem& problem) {
       const Chain chain(problem, c);
       const void* p = problem.log_ratio;
       switch (problem.storage) {
-        case Storage::float64: chain.run([p](uint64_t i) { return static_cast<const double*>(p)[i]; }); break;
-        case Storage::float32: chain.run([p](uint64_t i) { return double{static_cast<const float*>(p)[i]}; }); break;
-        case Storage::float16: chain.run([p](uint64_t i) { return from_half(static_cast<const uint16_t*>(p)[i]); }); break;
+        case Storage::float64:
+          chain.run([p](uint64_t i) { return static_cast<const double*>(p)[i]; });
+          break;
+        case Storage::float32:
+          chain.run([p](uint64_t i) { return double{static_cast<const float*>(p)[i]}; });
+          break;
+        case Storage::float16:
+          chain.run([p](uint64_t i) { return from_half(static_cast<const uint16_t*>(p)[i]); });
+          break;
         case Storage::bfloat16:
           chain.run([p](uint64_t i) { return from_bfloat16(static_cast<const uint16_t*>(p)[i]); });
           break;

@@ -56,7 +56,7 @@ void add(ScanSums& total, const ScanSums& part) {
 class Group {
  public:
   Group(const DensityRatioProblem& problem, int64_t row, bool threaded)
-      : problem_(problem), n_(problem.n), threaded_(threaded), kernels_(density_ratio_kernels_table()) {
+      : problem_(problem), family_(problem.family), n_(problem.n), threaded_(threaded), kernels_(density_ratio_kernels_table()) {
     h_ = offset(problem.h, row * n_, problem.storage);
     weights_ = offset(problem.weights, row * problem.weight_stride, problem.storage);
     out_ = const_cast<void*>(offset(problem.out, row * n_, problem.storage));
@@ -96,7 +96,7 @@ class Group {
 
   RatioSums pass(const Anchor& anchor, Output output, bool conjugated, double scale = 1.0) const {
     return over_chunks(RatioSums{}, [&](int64_t begin, int64_t end) {
-      return kernels_.pass(problem_.storage, {h_, weights_, out_, begin, end, nullptr, stream_, scale}, problem_.family,
+      return kernels_.pass(problem_.storage, {h_, weights_, out_, begin, end, nullptr, stream_, scale}, family_,
                            anchor, output, conjugated);
     });
   }
@@ -105,6 +105,7 @@ class Group {
   RatioError finish(const Anchor& anchor, const RatioSums& sums, double shift, double weight, RatioStats& stats) const;
 
   const DensityRatioProblem& problem_;
+  Family family_;
   const void* h_;
   const void* weights_;
   void* out_;
@@ -117,6 +118,14 @@ Anchor fixed_anchor_for(Storage storage, const Family& family, double shift) {
   // Form::power computes in float64 whatever the storage.
   return storage == Storage::float64 || family.form == Form::power ? fixed_anchor<double>(family, shift)
                                                                   : fixed_anchor<float>(family, shift);
+}
+
+// Whether g = e^{-c L} is too small for float32; then r = (g + c k d)^{-1/c} takes the general form, which holds L itself.
+// Only base weights let L grow beyond log n.
+bool base_underflows(Storage storage, const Family& family, double log_max) {
+  const bool holds_base = family.form == Form::reciprocal || family.form == Form::inverse_square ||
+                          family.form == Form::inverse_sqrt;
+  return storage != Storage::float64 && holds_base && family.c * log_max > 80.0;
 }
 
 // Moves the search to the shift of a subsample. The ratios' mass can lie in a handful of extreme samples that a
@@ -162,7 +171,7 @@ RatioError Group::finish(const Anchor& anchor, const RatioSums& sums, double shi
 }
 
 RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, double* conjugate) {
-  const Family& family = problem_.family;
+  const Family& family = family_;
   const bool exponential = family.form == Form::exponential;
   const bool fixed = !std::isnan(fixed_shift);
   const Output output = problem_.output;
@@ -172,19 +181,24 @@ RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, do
   ScanSums scanned{};
   if (!fixed || exponential) {
     scanned = scan(block_maxima, exponential);
-    if (scanned.invalid || !std::isfinite(scanned.maximum) || !(scanned.weight > 0.0)) return RatioError::invalid_input;
+    if (scanned.invalid || !(scanned.weight > 0.0)) return RatioError::invalid_input;
+    if (!fixed && !std::isfinite(scanned.maximum)) return RatioError::invalid_input;
   }
 
   if (exponential) {
-    const double log_sum_exp = scanned.maximum + std::log(scanned.exp_sum);
-    const double shift = fixed ? fixed_shift : log_sum_exp - std::log(scanned.weight) - family.tangent;
-    const Anchor anchor = fixed_anchor_for(problem_.storage, family, shift);
+    // log r of the largest. With a solved shift it is taken from the sum, not from the shift: a large maximum's
+    // rounding would swallow it.
+    const double largest = fixed ? scanned.maximum - (fixed_shift + family.tangent)
+                                 : std::log(scanned.weight) - std::log(scanned.exp_sum);
+    const double shift = fixed ? fixed_shift : (scanned.maximum - largest) - family.tangent;
+    Anchor anchor = fixed_anchor_for(problem_.storage, family, shift);
+    if (!fixed) anchor.low = (scanned.maximum - anchor.high) - largest;
     if (output != Output::none) pass(anchor, output, false);
-    const double origin = scanned.maximum - (shift + family.tangent);  // log r of the largest
+    const bool empty = scanned.maximum == -HUGE_VAL;  // r = 0 for all at a given shift, and the sums hold nothing
     stats = {shift,
-             origin + std::log(scanned.exp_sum),
-             2.0 * origin + std::log(scanned.exp_square),
-             origin + std::log(scanned.exp_largest),
+             empty ? -HUGE_VAL : largest + std::log(scanned.exp_sum),
+             empty ? -HUGE_VAL : 2.0 * largest + std::log(scanned.exp_square),
+             empty ? -HUGE_VAL : largest + std::log(scanned.exp_largest),
              std::log(scanned.weight),
              anchor.log_max,
              anchor.high,
@@ -215,6 +229,7 @@ RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, do
   bool write = false;
   double best_error = infinity;
   for (int step = 0; step < kMaxSteps; ++step) {
+    if (base_underflows(problem_.storage, family, search.log_max)) family_.form = Form::power;
     const Anchor anchor = solved_anchor(family, scanned.maximum, search.log_max);
     const RatioSums sums = pass(anchor, write ? output : Output::none, conjugated);
     const double mean = sums.ratio / scanned.weight, error = std::fabs(mean - 1.0);
@@ -246,8 +261,9 @@ RatioError Group::run(double fixed_shift, bool conjugated, RatioStats& stats, do
 
 void Group::write_scaled_ratio(const RatioStats& stats, bool solved, double scale) const {
   const bool from_maximum = solved && problem_.family.form != Form::exponential;
-  const Anchor anchor = from_maximum ? solved_anchor(problem_.family, stats.anchor, stats.log_max)
-                                     : fixed_anchor_for(problem_.storage, problem_.family, stats.shift);
+  Anchor anchor = from_maximum ? solved_anchor(problem_.family, stats.anchor, stats.log_max)
+                               : fixed_anchor_for(problem_.storage, problem_.family, stats.shift);
+  anchor.low = stats.anchor_low;
   pass(anchor, Output::ratio, false, scale);
 }
 

@@ -101,20 +101,21 @@ REFINE_EXT_INLINE V invalid_weight(V w) {
 
 // Loads vectors of h and weights at each offset of a block and hands them to step(x, w, offset, u); the last, partial
 // vector is padded with samples of ratio and weight zero.
-template <class T, bool kWeighted, int kUnroll, class Step>
+template <class S, class T, bool kWeighted, int kUnroll, class Step>
 REFINE_EXT_INLINE void for_samples(const T* h, const T* weights, int64_t begin, int64_t end, Step&& step) {
-  using V = Vec<typename ComputeOf<T>::type>;
+  using V = Vec<S>;
   constexpr int kWidth = V::kWidth;
   const V zero = V::splat(0);
   for_vectors<kWidth, kUnroll>(
-      begin, end, [&](int64_t i, int u) { step(load(h + i), kWeighted ? load(weights + i) : zero, i, u); },
+      begin, end,
+      [&](int64_t i, int u) { step(load_as<S>(h + i), kWeighted ? load_as<S>(weights + i) : zero, i, u); },
       [&](int64_t i, int64_t count) {
-        T lanes[kWidth], weight_lanes[kWidth];
-        for (int lane = 0; lane < kWidth; ++lane) {
+        T lanes[2 * kWidth], weight_lanes[2 * kWidth];
+        for (int lane = 0; lane < 2 * kWidth; ++lane) {
           lanes[lane] = lane < count ? h[i + lane] : encode<T>(-HUGE_VALF);
           if constexpr (kWeighted) weight_lanes[lane] = lane < count ? weights[i + lane] : encode<T>(0.0f);
         }
-        step(load(lanes), kWeighted ? load(weight_lanes) : zero, i, 0);
+        step(load_as<S>(lanes), kWeighted ? load_as<S>(weight_lanes) : zero, i, 0);
       });
 }
 
@@ -130,7 +131,7 @@ ScanSums scan_range(const RangeArguments& arguments) {
     const int64_t end = block + kBlock < arguments.end ? block + kBlock : arguments.end;
     V best[kUnroll], mass[kUnroll];
     for (int u = 0; u < kUnroll; ++u) best[u] = lowest, mass[u] = zero;
-    for_samples<T, kWeighted, kUnroll>(static_cast<const T*>(arguments.h), static_cast<const T*>(arguments.weights),
+    for_samples<S, T, kWeighted, kUnroll>(static_cast<const T*>(arguments.h), static_cast<const T*>(arguments.weights),
                                        block, end, [&](V x, V w, int64_t, int u) {
                                          invalid = invalid + invalid_output(x, lowest);
                                          if constexpr (kWeighted) {
@@ -155,7 +156,8 @@ ScanSums scan_range(const RangeArguments& arguments) {
 // by so much that float32 squares could overflow is summed again from its own maximum.
 template <class T, bool kWeighted>
 ScanSums scan_exponential_range(const RangeArguments& arguments) {
-  using S = typename ComputeOf<T>::type;
+  // The square of a weighted ratio leaves float32 as soon as the weights spread over 19 decades.
+  using S = std::conditional_t<kWeighted, double, typename ComputeOf<T>::type>;
   using V = Vec<S>;
   using A = Arithmetic<V>;
   constexpr int kUnroll = 4;
@@ -174,7 +176,7 @@ ScanSums scan_exponential_range(const RangeArguments& arguments) {
       V best = lowest, largest = zero, total[kUnroll], square[kUnroll], mass = zero;
       for (int u = 0; u < kUnroll; ++u) total[u] = square[u] = zero;
       if (known) {
-        for_samples<T, kWeighted, kUnroll>(h, weights, block, end, [&](V x, V w, int64_t i, int u) {
+        for_samples<S, T, kWeighted, kUnroll>(h, weights, block, end, [&](V x, V w, int64_t i, int u) {
           // The arithmetic hides the next block's way from memory.
           __builtin_prefetch(h + i + kBlock);
           if constexpr (kWeighted) {
@@ -192,7 +194,7 @@ ScanSums scan_exponential_range(const RangeArguments& arguments) {
           square[u] = square[u] + e * e;
         });
       } else {
-        for_samples<T, kWeighted, kUnroll>(h, weights, block, end, [&](V x, V w, int64_t, int) {
+        for_samples<S, T, kWeighted, kUnroll>(h, weights, block, end, [&](V x, V w, int64_t, int) {
           if constexpr (kWeighted) x = select(w > zero, x, lowest);
           best = max_or_second(x, best);
         });
@@ -209,7 +211,7 @@ ScanSums scan_exponential_range(const RangeArguments& arguments) {
       if (maximum > sums.maximum) sums.maximum = maximum;
       // A block without a reference holds nothing but -inf and NaN; the latter shows in x - x only.
       if (!known) {
-        for_samples<T, kWeighted, kUnroll>(h, weights, block, end, [&](V x, V w, int64_t, int) {
+        for_samples<S, T, kWeighted, kUnroll>(h, weights, block, end, [&](V x, V w, int64_t, int) {
           invalid = invalid + invalid_output(x, lowest);
           if constexpr (kWeighted) invalid = invalid + invalid_weight(w), mass = mass + w;
         });
@@ -396,8 +398,9 @@ void backward_sums_range(const T* grad, const T* log_ratio, const T* weights, in
                       share = A::select(share == zero, zero, share * c);
                       if (weights) share = A::select(x[2] > zero, share * x[2], zero);
                       const VecMask<S> inside = first_lanes<S>(count);
-                      // A clipped or excluded sample passes nothing on, whatever its upstream gradient (inf * 0).
-                      const V moved = A::select(c == zero, zero, c * x[0]);
+                      // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither does one of
+                      // weight zero outside the domain, whose log r is NaN, unless it is asked for.
+                      const V moved = A::select(x[0] == zero, zero, A::select(c == zero, zero, c * x[0]));
                       through = through + A::select(inside, moved, zero);
                       slope = slope + A::select(inside, share, zero);
                       return zero;
@@ -417,8 +420,9 @@ void backward_range(const T* grad, const T* log_ratio, const T* weights, T* out,
   for_elements<T>(begin, end, inputs, weights ? 3 : 2, out, [&](const V* x, int64_t) {
     const V c = factor_at<kForm>(family, x[1]);
     V share = A::exp(x[1]) * scale;
-    if (weights) share = share * x[2];
-    return A::select(c == zero, zero, c * (x[0] + share));
+    if (weights) share = A::select(x[2] > zero, share * x[2], zero);
+    const V total = x[0] + share;
+    return A::select(total == zero, zero, A::select(c == zero, zero, c * total));
   });
 }
 
@@ -452,18 +456,14 @@ double dual_sum_range(const T* x, int64_t begin, int64_t end, Family family, boo
   using A = Arithmetic<V>;
   family.form = kForm;
   const T* inputs[3] = {x, nullptr, nullptr};
-  double sum = 0.0;
-  for (int64_t block = begin; block < end; block += kBlock) {
-    V total = A::splat(0.0);
-    for_elements<T>(block, block + kBlock < end ? block + kBlock : end, inputs, 1, static_cast<T*>(nullptr),
-                    [&](const V* v, int64_t count) {
-                      const V value = conjugated ? conjugate(family, v[0]) : dual_output(family, v[0]);
-                      total = total + A::select(first_lanes<S>(count), value, A::splat(0.0));
-                      return value;
-                    });
-    sum += horizontal_sum(total);
-  }
-  return sum;
+  // In float64: outputs may share an offset, which the mean of f* takes off again.
+  WideSum<S> total;
+  for_elements<T>(begin, end, inputs, 1, static_cast<T*>(nullptr), [&](const V* v, int64_t count) {
+    const V value = conjugated ? conjugate(family, v[0]) : dual_output(family, v[0]);
+    total.add(A::select(first_lanes<S>(count), value, A::splat(0.0)));
+    return value;
+  });
+  return total.total();
 }
 
 // ---- dispatch

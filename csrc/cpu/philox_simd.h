@@ -1,5 +1,6 @@
-// Philox on SIMD vectors: one counter in each 64-bit lane, because the widening multiplication reads the low 32 bits of
-// 64-bit lanes and fills all of them. Included by sources that are compiled once per instruction set.
+// Philox on SIMD vectors: one counter in each 64-bit lane, because the widening multiplication reads the low
+// 32 bits of 64-bit lanes and fills all of them. Included by sources that are compiled once per instruction
+// set.
 #pragma once
 
 #include <algorithm>
@@ -33,14 +34,15 @@ REFINE_EXT_INLINE void multiply_wide(Lanes a, uint32_t b, Lanes& high, Lanes& lo
 }
 
 // The two 64-bit numbers of blocks [first, first + count).
-REFINE_EXT_INLINE void philox_blocks(const PhiloxSequence& sequence, uint64_t first, int64_t count, uint64_t* low,
-                                     uint64_t* high) {
+REFINE_EXT_INLINE void philox_blocks(const PhiloxSequence& sequence, uint64_t first, int64_t count,
+                                     uint64_t* low, uint64_t* high) {
   constexpr int kWidth = Lanes::kWidth;
   Lanes::Native lane;
   for (int l = 0; l < kWidth; ++l) lane[l] = static_cast<uint64_t>(l);
   const Lanes third{Lanes::Native{} + uint64_t{sequence.third_word()}};
   const Lanes fourth{Lanes::Native{} + uint64_t{sequence.fourth_word()}};
-  const uint32_t key0 = static_cast<uint32_t>(sequence.seed), key1 = static_cast<uint32_t>(sequence.seed >> 32);
+  const uint32_t key0 = static_cast<uint32_t>(sequence.seed),
+                 key1 = static_cast<uint32_t>(sequence.seed >> 32);
   for (int64_t b = 0; b < count; b += kWidth) {
     const Lanes::Native index = lane + (first + static_cast<uint64_t>(b));
     const PhiloxBlock<Lanes> block = philox4x32<Lanes>({{{index}, {index >> 32}, third, fourth}}, key0, key1);
@@ -59,7 +61,8 @@ REFINE_EXT_INLINE void philox_blocks(const PhiloxSequence& sequence, uint64_t fi
 }
 
 // Numbers [first, first + count) of a sequence of 64-bit numbers, two to a block.
-static inline void random_numbers(const PhiloxSequence& sequence, uint64_t first, int64_t count, uint64_t* out) {
+static inline void random_numbers(const PhiloxSequence& sequence, uint64_t first, int64_t count,
+                                  uint64_t* out) {
   constexpr int64_t kBlocks = 256;
   alignas(64) uint64_t low[kBlocks], high[kBlocks];
   int64_t done = 0;

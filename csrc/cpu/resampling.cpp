@@ -1,25 +1,26 @@
 // Which passes to run over a row of weights, and in what order.
 //
-// One read gives every chunk's mass. Ascending methods then visit the chunks that own a draw, once more each: in all
-// 2 reads of the weights and one write of the indices. Multinomial draws come in random order: with many of them C is
-// written out beside a guide table, and each draw is two reads at random places; with few of them they are sorted.
-#include "resampling_rows.h"
-
+// One read gives every chunk's mass. Ascending methods then visit the chunks that own a draw, once more each:
+// in all 2 reads of the weights and one write of the indices. Multinomial draws come in random order: with
+// many of them C is written out beside a guide table, and each draw is two reads at random places; with few
+// of them they are sorted.
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "resampling_rows.h"
 #include "scratch.h"
 
 namespace refine_ext {
 
 namespace {
 
-constexpr int64_t kTaskDraws = 4 * kPlaced;   // of one chunk; more are shared out
-constexpr int64_t kSortedShare = 16;          // sort the draws where there are fewer than n / kSortedShare
-constexpr int64_t kLookups = 4096;            // multinomial draws of one task's step
+constexpr int64_t kTaskDraws = 4 * kPlaced;  // of one chunk; more are shared out
+constexpr int64_t kSortedShare = 16;         // sort the draws where there are fewer than n / kSortedShare
+constexpr int64_t kPadding = 4;              // beyond every position, at the end of a table
+constexpr int64_t kLookups = 4096;           // multinomial draws of one task's step
 
 class Row {
  public:
@@ -44,15 +45,12 @@ class Row {
         break;
       }
       case ResampleMethod::multinomial:
-        if (problem_.num < problem_.n / kSortedShare) {
-          sorted_draws(grid.total);
-        } else {
-          Scratch<uint64_t> table(problem_.n);
-          over_chunks([&](int64_t c) { chunk_boundaries(c, table.data() + c * kDrawChunk); });
-          table_draws(table.data(), bases_, out_, problem_.num);
-        }
+        random_draws(bases_, out_, problem_.num,
+                     [this](int64_t c, uint64_t* out) { chunk_boundaries(c, out); });
         break;
-      case ResampleMethod::residual: residual(grid); break;
+      case ResampleMethod::residual:
+        residual(grid);
+        break;
     }
     return DrawError::none;
   }
@@ -73,7 +71,8 @@ class Row {
     std::atomic<bool> valid{true};
     over_chunks([&](int64_t c) {
       const int64_t from = begin_ + c * kDrawChunk;
-      if (!kernels_.measure(problem_.storage, problem_.log, problem_.weights, from, from + chunk_length(c), masses_[c])) {
+      if (!kernels_.measure(problem_.storage, problem_.log, problem_.weights, from, from + chunk_length(c),
+                            masses_[c])) {
         valid = false;
       }
     });
@@ -104,38 +103,10 @@ class Row {
                         masses_[c].exponent, unit_, bases_[c], out);
   }
 
-  // Positions of draws [first, first + count).
-  void positions(const Ascending& draws, uint64_t first, int64_t count, uint64_t* out) const {
-    // t_j by adding: total = quotient num + remainder, and one more whenever the remainders amount to num.
-    const Grid& grid = draws.grid;
-    const bool systematic = draws.method == ResampleMethod::systematic;
-    const uint64_t quotient = grid.total / grid.num, remainder = grid.total % grid.num;
-    const Wide origin = static_cast<Wide>(first) * grid.total + (systematic ? draws.start : 0);
-    uint64_t position = static_cast<uint64_t>(origin / grid.num), carry = static_cast<uint64_t>(origin % grid.num);
-    const auto advance = [&] {
-      carry += remainder;
-      const bool wrap = carry >= grid.num;
-      carry -= wrap ? grid.num : 0;
-      return position + quotient + wrap;
-    };
-    if (systematic) {
-      for (int64_t k = 0; k < count; ++k) {
-        out[k] = position;
-        position = advance();
-      }
-      return;
-    }
-    kernels_.random_numbers(draws.sequence, draws.offset + first, count, out);
-    for (int64_t k = 0; k < count; ++k) {
-      const uint64_t next = advance();
-      out[k] = position + mulhi(out[k], next - position);
-      position = next;
-    }
-  }
-
-  // Indices of all ascending draws. bases: C before each chunk and after the last; table: C, or nullptr to make it
-  // chunk by chunk.
-  void ascending(const Ascending& draws, const std::vector<uint64_t>& bases, const uint64_t* table, int64_t* out) const {
+  // Indices of all ascending draws. bases: C before each chunk and after the last; table: C, or nullptr to
+  // make it chunk by chunk.
+  void ascending(const Ascending& draws, const std::vector<uint64_t>& bases, const uint64_t* table,
+                 int64_t* out) const {
     struct Task {
       int64_t chunk;
       uint64_t first, last;
@@ -160,7 +131,7 @@ class Row {
         if (!table && (k == from || tasks[k - 1].chunk != task.chunk)) chunk_boundaries(task.chunk, made);
         for (uint64_t j = task.first; j < task.last; j += kPlaced) {
           const int64_t part = static_cast<int64_t>(std::min<uint64_t>(kPlaced, task.last - j));
-          positions(draws, j, part, position);
+          kernels_.positions(draws, j, part, position);
           int64_t* to_out = out + j;
           if (part * 32 < elements) {
             for (int64_t i = 0; i < part; ++i) to_out[i] = index + owner(bounds, elements, position[i]);
@@ -168,7 +139,8 @@ class Row {
           }
           position[part] = position[part + 1] = UINT64_MAX;
           const uint64_t base = bases[task.chunk];
-          kernels_.place(bounds, elements, base, draws.grid.place(base, j), rate, position, part, index, to_out);
+          kernels_.place(bounds, elements, base, draws.grid.place(base, j), rate, position, part, index,
+                         to_out);
         }
       }
     });
@@ -178,20 +150,33 @@ class Row {
     return std::upper_bound(bounds, bounds + elements, position) - bounds;
   }
 
-  void sorted_draws(uint64_t total) const {
-    const int64_t num = problem_.num;
+  // Multinomial draws; boundaries(c, out) makes C of a chunk.
+  template <class F>
+  void random_draws(const std::vector<uint64_t>& bases, int64_t* out, int64_t num, F&& boundaries) const {
+    if (num < problem_.n / kSortedShare) {
+      sorted_draws(bases, out, num, boundaries);
+      return;
+    }
+    Scratch<uint64_t> table(problem_.n + kPadding);
+    over_chunks([&](int64_t c) { boundaries(c, table.data() + c * kDrawChunk); });
+    table_draws(table.data(), bases, out, num);
+  }
+
+  template <class F>
+  void sorted_draws(const std::vector<uint64_t>& bases, int64_t* out, int64_t num, F&& boundaries) const {
     std::vector<uint64_t> bits(num);
     kernels_.random_numbers(sequence_, problem_.seeds.offset, num, bits.data());
     std::vector<std::pair<uint64_t, int64_t>> draws(num);
-    for (int64_t j = 0; j < num; ++j) draws[j] = {mulhi(bits[j], total), j};
+    for (int64_t j = 0; j < num; ++j) draws[j] = {mulhi(bits[j], bases.back()), j};
     std::sort(draws.begin(), draws.end());
     std::vector<int64_t> starts;  // the first draw of each chunk that has one, then num
     std::vector<int64_t> owners;
     for (int64_t j = 0; j < num;) {
-      const auto chunk = std::upper_bound(bases_.begin() + 1, bases_.end(), draws[j].first) - (bases_.begin() + 1);
+      const auto chunk =
+          std::upper_bound(bases.begin() + 1, bases.end(), draws[j].first) - (bases.begin() + 1);
       owners.push_back(chunk);
       starts.push_back(j);
-      while (j < num && draws[j].first < bases_[chunk + 1]) ++j;
+      while (j < num && draws[j].first < bases[chunk + 1]) ++j;
     }
     starts.push_back(num);
     const int64_t count = static_cast<int64_t>(owners.size());
@@ -199,31 +184,37 @@ class Row {
       alignas(64) uint64_t bounds[kDrawChunk];
       for (int64_t k = from; k < to; ++k) {
         const int64_t c = owners[k];
-        chunk_boundaries(c, bounds);
+        boundaries(c, bounds);
         for (int64_t j = starts[k]; j < starts[k + 1]; ++j) {
-          out_[draws[j].second] = c * kDrawChunk + owner(bounds, chunk_length(c), draws[j].first);
+          out[draws[j].second] = c * kDrawChunk + owner(bounds, chunk_length(c), draws[j].first);
         }
       }
     });
   }
 
-  // Draws at mulhi(U_j, T) among the boundaries of a table. The guide holds the first index beyond every multiple of
-  // 2^shift: from there one step in the mean, whatever the weights, because positions are uniform.
-  void table_draws(const uint64_t* table, const std::vector<uint64_t>& bases, int64_t* out, int64_t num) const {
+  // Draws at mulhi(U_j, T) among the boundaries of a table. The guide holds the first index beyond every
+  // multiple of 2^shift: from there one step in the mean, whatever the weights, because positions are
+  // uniform.
+  void table_draws(uint64_t* table, const std::vector<uint64_t>& bases, int64_t* out, int64_t num) const {
     const uint64_t total = bases.back();
-    const int shift = std::max(0, bit_length(total) - std::max(1, bit_length(static_cast<uint64_t>(problem_.n)) - 1));
+    std::fill_n(table + problem_.n, kPadding, UINT64_MAX);
+    const int shift =
+        std::max(0, bit_length(total) - std::max(1, bit_length(static_cast<uint64_t>(problem_.n)) - 1));
     const uint64_t buckets = ((total - 1) >> shift) + 1;
     Scratch<int64_t> guide(static_cast<int64_t>(buckets));
-    ascending({{buckets << shift, buckets}, ResampleMethod::systematic, 0, sequence_, 0}, bases, table, guide.data());
+    ascending({{buckets << shift, buckets}, ResampleMethod::systematic, 0, sequence_, 0}, bases, table,
+              guide.data());
     parallel_for(0, num, threaded_ ? 4 * kLookups : num, [&](int64_t from, int64_t to) {
       constexpr int64_t kAhead = 32;  // misses in flight
       alignas(64) uint64_t position[kLookups];
       int64_t index[kAhead];
       for (int64_t part = from; part < to; part += kLookups) {
         const int64_t length = std::min(kLookups, to - part);
-        kernels_.random_numbers(sequence_, problem_.seeds.offset + static_cast<uint64_t>(part), length, position);
+        kernels_.random_numbers(sequence_, problem_.seeds.offset + static_cast<uint64_t>(part), length,
+                                position);
         for (int64_t k = 0; k < length; ++k) position[k] = mulhi(position[k], total);
-        for (int64_t k = 0; k < std::min(kAhead, length); ++k) __builtin_prefetch(guide.data() + (position[k] >> shift));
+        for (int64_t k = 0; k < std::min(kAhead, length); ++k)
+          __builtin_prefetch(guide.data() + (position[k] >> shift));
         for (int64_t batch = 0; batch < length; batch += kAhead) {
           const int64_t size = std::min(kAhead, length - batch);
           for (int64_t k = 0; k < size; ++k) {
@@ -235,7 +226,11 @@ class Row {
           }
           for (int64_t k = 0; k < size; ++k) {
             int64_t i = index[k];
-            while (table[i] <= position[batch + k]) ++i;
+            // Four at a time: where the run ends is not to be predicted.
+            for (int passed = 4; passed == 4; i += passed) {
+              const uint64_t t = position[batch + k];
+              passed = (table[i] <= t) + (table[i + 1] <= t) + (table[i + 2] <= t) + (table[i + 3] <= t);
+            }
             out[part + batch + k] = i;
           }
         }
@@ -243,39 +238,61 @@ class Row {
     });
   }
 
-  void residual(const Grid& grid) const {
-    Scratch<uint64_t> table(problem_.n);
-    const double rate = static_cast<double>(grid.num) / static_cast<double>(grid.total);
-    const auto for_each_mass = [&](int64_t c, auto&& f) {
-      uint64_t before = bases_[c];
-      uint64_t* bounds = table.data() + c * kDrawChunk;
-      for (int64_t i = 0; i < chunk_length(c); ++i) {
-        const uint64_t boundary = bounds[i], mass = boundary - before;
-        before = boundary;
-        f(bounds[i], c * kDrawChunk + i, static_cast<int64_t>(certain_copies(mass, grid, rate)));
+  // Calls f(i, copies) for the elements of a chunk, given their boundaries, and returns the sum of the
+  // copies.
+  template <class F>
+  int64_t certain_in(int64_t c, const Grid& grid, double rate, uint64_t* bounds, F&& f) const {
+    chunk_boundaries(c, bounds);
+    uint64_t before = bases_[c];
+    int64_t sum = 0;
+    for (int64_t i = 0; i < chunk_length(c); ++i) {
+      const uint64_t mass = bounds[i] - before;
+      before = bounds[i];
+      // Exact arithmetic only where a rounding could have crossed an integer.
+      const double expected = static_cast<double>(static_cast<int64_t>(mass)) * rate;
+      int64_t copies = static_cast<int64_t>(expected);
+      const double rest = expected - static_cast<double>(copies);
+      if ((rest < 0x1p-10 && copies > 0) || rest > 1.0 - 0x1p-10) {
+        copies = static_cast<int64_t>(certain_copies(mass, grid, rate));
       }
-    };
+      sum += copies;
+      f(i, copies);
+    }
+    return sum;
+  }
+
+  void residual(const Grid& grid) const {
+    const double rate = static_cast<double>(grid.num) / static_cast<double>(grid.total);
     std::vector<int64_t> certain(chunks_ + 1, 0);  // copies before each chunk
     over_chunks([&](int64_t c) {
-      chunk_boundaries(c, table.data() + c * kDrawChunk);
-      for_each_mass(c, [&](uint64_t&, int64_t, int64_t copies) { certain[c + 1] += copies; });
+      alignas(64) uint64_t bounds[kDrawChunk];
+      certain[c + 1] = certain_in(c, grid, rate, bounds, [](int64_t, int64_t) {});
     });
     for (int64_t c = 0; c < chunks_; ++c) certain[c + 1] += certain[c];
     const Remainder remainder(grid, static_cast<uint64_t>(certain.back()));
-    over_chunks([&](int64_t c) {
+    // Writes the copies of a chunk, and makes its boundaries those of the remainder.
+    const auto settle = [&](int64_t c, uint64_t* bounds) {
       int64_t at = certain[c];
-      for_each_mass(c, [&](uint64_t& boundary, int64_t index, int64_t copies) {
-        std::fill_n(out_ + at, copies, index);
+      certain_in(c, grid, rate, bounds, [&](int64_t i, int64_t copies) {
+        for (int64_t k = 0; k < copies; ++k) out_[at + k] = c * kDrawChunk + i;
         at += copies;
-        boundary = remainder.boundary(boundary, static_cast<uint64_t>(at));
+        bounds[i] = remainder.boundary(bounds[i], static_cast<uint64_t>(at));
       });
-    });
-    if (remainder.draws == 0) return;
+    };
+    const int64_t draws = static_cast<int64_t>(remainder.draws);
+    if (draws < problem_.n / kSortedShare || draws == 0) {
+      // random_draws will settle the chunks that are drawn from only.
+      over_chunks([&](int64_t c) {
+        alignas(64) uint64_t bounds[kDrawChunk];
+        if (certain[c + 1] > certain[c]) settle(c, bounds);
+      });
+    }
+    if (draws == 0) return;
     std::vector<uint64_t> bases(chunks_ + 1);
     for (int64_t c = 0; c <= chunks_; ++c) {
       bases[c] = remainder.boundary(bases_[c], static_cast<uint64_t>(certain[c]));
     }
-    table_draws(table.data(), bases, out_ + certain.back(), static_cast<int64_t>(remainder.draws));
+    random_draws(bases, out_ + certain.back(), draws, settle);
   }
 
   const ResampleProblem& problem_;

@@ -1,5 +1,5 @@
-// Drawing indices on the CPU: the entry points that csrc/ops calls, and the table of per-ISA kernels behind them.
-// What is drawn is defined in csrc/math/resampling.h.
+// Drawing indices on the CPU: the entry points that csrc/ops calls, and the table of per-ISA kernels behind
+// them. What is drawn is defined in csrc/math/resampling.h.
 #pragma once
 
 #include <cstdint>
@@ -10,23 +10,25 @@
 namespace refine_ext {
 
 struct ResamplingKernels {
-  // The mass of a chunk of at most kDrawChunk weights, or of log-weights. False: a weight is NaN, infinite (log: +inf)
-  // or negative.
+  // The mass of a chunk of at most kDrawChunk weights, or of log-weights. False: a weight is NaN, infinite
+  // (log: +inf) or negative.
   bool (*measure)(Storage, bool log, const void* weights, int64_t begin, int64_t end, ChunkMass&);
   // C_i of a chunk: base + align_mass(sum of masses so far, exponent - unit).
-  void (*boundaries)(Storage, bool log, const void* weights, int64_t begin, int64_t end, int64_t exponent, int64_t unit,
-                     uint64_t base, uint64_t* out);
+  void (*boundaries)(Storage, bool log, const void* weights, int64_t begin, int64_t end, int64_t exponent,
+                     int64_t unit, uint64_t base, uint64_t* out);
   // Numbers [first, first + count) of a sequence, two to a Philox block.
   void (*random_numbers)(const PhiloxSequence&, uint64_t first, int64_t count, uint64_t* out);
-  // For `draws` ascending positions, the indices first_index + i of the elements that own them. Position k must lie near
-  // the element boundary c with origin + (c - base) * rate = k: at most one place off.
+  // Positions of draws [first, first + count), count at most kPlaced.
+  void (*positions)(const Ascending&, uint64_t first, int64_t count, uint64_t* out);
+  // For `draws` ascending positions, the indices first_index + i of the elements that own them. Position k
+  // must lie near the element boundary c with origin + (c - base) * rate = k: at most one place off.
   void (*place)(const uint64_t* boundaries, int64_t elements, uint64_t base, double origin, double rate,
                 const uint64_t* positions, int64_t draws, int64_t first_index, int64_t* out);
   // The largest log-ratio of a range; NaN if there is a NaN or +inf.
   double (*largest)(Storage, const void* log_ratio, int64_t begin, int64_t end);
   // Acceptance decisions of a range of one row, with numbers offset + i; returns how many were kept.
-  int64_t (*accept)(Storage, const void* log_ratio, int64_t begin, int64_t end, const Acceptance&, const PhiloxSequence&,
-                    uint64_t offset, bool* keep);
+  int64_t (*accept)(Storage, const void* log_ratio, int64_t begin, int64_t end, const Acceptance&,
+                    const PhiloxSequence&, uint64_t offset, bool* keep);
   // Steps [first, first + count) of a chain: the proposal's random bits, and log u.
   void (*steps)(const PhiloxSequence&, uint64_t first, int64_t count, uint64_t* proposal, double* log_unit);
 };
@@ -34,13 +36,15 @@ struct ResamplingKernels {
 // Draws whose positions are in work at once: 32 KB.
 inline constexpr int64_t kPlaced = 4096;
 
+// A seed for every `rows_each` rows, which are sequences 0, 1, ... of it: a row gets the same numbers
+// whatever it is batched with.
 struct DrawSeeds {
   const int64_t* seeds;
-  int64_t stride;  // 0: one seed, and the row is part of the counter; 1: a seed for each row, which is then row 0 of it
+  int64_t rows_each;
   uint64_t offset;
 
   PhiloxSequence sequence(int64_t row, Stream stream) const {
-    return {static_cast<uint64_t>(seeds[row * stride]), stride ? 0 : static_cast<uint64_t>(row), stream};
+    return {static_cast<uint64_t>(seeds[row / rows_each]), static_cast<uint64_t>(row % rows_each), stream};
   }
 };
 
@@ -72,9 +76,9 @@ struct RejectionProblem {
   const double* gamma;      // [rows], or nullptr: plain
   double epsilon;
   DrawSeeds seeds;
-  bool* keep;          // [rows, n]
-  double* new_bound;   // [rows]
-  int64_t* accepted;   // [rows]
+  bool* keep;         // [rows, n]
+  double* new_bound;  // [rows]
+  int64_t* accepted;  // [rows]
 };
 
 DrawReport rejection_cpu(const RejectionProblem&);
@@ -84,7 +88,7 @@ struct MetropolisProblem {
   Storage storage;
   int64_t n, num, chains, burn_in, thin;
   const double* initial;  // [chains], or nullptr
-  bool in_order;  // order "given"
+  bool in_order;          // order "given"
   int64_t seed;
   int64_t* out;       // [chains, num]
   int64_t* accepted;  // [chains]

@@ -15,7 +15,8 @@ REFINE_EXT_KERNEL_TABLE(ResamplingKernels, resampling_kernels)
 inline constexpr int64_t kGrainChunks = 16;  // below this waking a thread costs more than it saves
 inline constexpr int64_t kGrain = kGrainChunks * kDrawChunk;
 
-// Rows side by side when they are short, threads inside one when it is long; the first row with an error is reported.
+// Rows side by side when they are short, threads inside one when it is long; the first row with an error is
+// reported.
 template <class F>
 DrawReport for_drawn_rows(int64_t rows, int64_t work, F&& body) {
   std::vector<DrawError> errors(rows, DrawError::none);

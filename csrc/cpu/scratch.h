@@ -1,4 +1,5 @@
-// Uninitialised working memory. Large blocks ask for huge pages: faulting in 4 KB pages costs more than the arithmetic.
+// Uninitialised working memory. Large blocks ask for huge pages: faulting in 4 KB pages costs more than the
+// arithmetic.
 #pragma once
 
 #include <cstdint>

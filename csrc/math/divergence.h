@@ -101,6 +101,8 @@ REFINE_EXT_INLINE V dual_output(const Family& family, V x) {
     case Form::logistic: return A::splat(family.supremum) - softplus(zero - x);
     case Form::lambert: return A::splat(family.tangent) + (x - A::expm1(zero - x));
     case Form::exponential: return A::splat(family.tangent) + x;
+    // The supremum is zero: next to it, tangent - expm1 would leave nothing.
+    case Form::reciprocal: return A::splat(family.supremum) - A::exp(A::splat(-family.c) * x) * A::splat(1.0 / (family.c * family.k));
     default: return A::splat(family.tangent) - A::expm1(A::splat(-family.c) * x) * A::splat(1.0 / (family.c * family.k));
   }
 }

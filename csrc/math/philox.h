@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a bijection of
-// 128-bit counters under a 64-bit key. Stateless: what a draw gets depends on its counter and the seed only, so the bits
-// are the same on CPU and GPU, for any number of threads and any batch.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a
+// bijection of 128-bit counters under a 64-bit key. Stateless: what a draw gets depends on its counter and
+// the seed only, so the bits are the same on CPU and GPU, for any number of threads and any batch.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,11 @@ template <class Word>
 REFINE_EXT_INLINE PhiloxBlock<Word> philox4x32(PhiloxBlock<Word> counter, uint32_t key0, uint32_t key1) {
   constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;  // golden ratio, sqrt(3) - 1
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     Word high0, low0, high1, low1;
     multiply_wide(counter.word[0], kMultiplier0, high0, low0);
@@ -40,8 +44,8 @@ REFINE_EXT_INLINE PhiloxBlock<Word> philox4x32(PhiloxBlock<Word> counter, uint32
   return counter;
 }
 
-// A sequence of blocks: key = seed, counter = (block, sequence, stream) from the lowest word up; of the sequence number
-// (a row, a chain) the counter holds 56 bits.
+// A sequence of blocks: key = seed, counter = (block, sequence, stream) from the lowest word up; of the
+// sequence number (a row, a chain) the counter holds 56 bits.
 struct PhiloxSequence {
   uint64_t seed;
   uint64_t sequence;

@@ -1,7 +1,7 @@
-// exp, 2^x and log of float64 with the same bits on every machine: multiplications, additions and divisions in a fixed
-// order, each rounded by itself. Decisions that compare a random number with a probability use these, so that CPU and
-// GPU decide alike. A file that includes this is compiled without contraction into fused multiply-adds:
-// -ffp-contract=off for the host, --fmad=false for nvcc.
+// exp, 2^x and log of float64 with the same bits on every machine: multiplications, additions and divisions
+// in a fixed order, each rounded by itself. Decisions that compare a random number with a probability use
+// these, so that CPU and GPU decide alike. A file that includes this is compiled without contraction into
+// fused multiply-adds: -ffp-contract=off for the host, --fmad=false for nvcc.
 //
 // Plain loops over these functions vectorise: no branches, no calls.
 #pragma once

@@ -1,38 +1,43 @@
 // Drawing from a refined model: the definition of every draw, for CPU and GPU alike.
 //
-// Everything that decides an index is integer arithmetic, which is associative: any order of summation, any number of
-// threads and any device give the same indices. Floating-point steps are elementwise and reproducible
-// (csrc/math/reproducible.h), or only guess a place that integers then confirm.
+// Everything that decides an index is integer arithmetic, which is associative: any order of summation, any
+// number of threads and any device give the same indices. Floating-point steps are elementwise and
+// reproducible (csrc/math/reproducible.h), or only guess a place that integers then confirm.
 //
 // Masses. A row of n weights is cut into chunks of kDrawChunk. A chunk with largest weight w has the exponent
-// e = exponent_above(w) and gives every weight the mass rint(weight 2^(50-e)) (ties to even), so that a chunk's sum fits in
-// 64 bits and nothing above 2^-51 of the chunk's largest weight is lost. Log-weights: y = l log2(e),
+// e = exponent_above(w) and gives every weight the mass rint(weight 2^(50-e)) (ties to even): a chunk's sum
+// fits in 64 bits, and nothing above 2^-50 of the chunk's largest weight is lost. Log-weights: y = l log2(e),
 // e = floor(max y) + 1, mass rint(2^(y-e+50)).
-// The row's unit is a power of two 2^(unit-50) for which the total T lies in [2^60, 2^62): prefix sums inside a chunk are
-// shifted by e - unit (align_mass, rounding down), and
-//   C_i = B + align_mass(sum of the masses up to and including i in its chunk),   B = the sum of the earlier chunks' totals.
+//
+// The row's unit is a power of two 2^(unit-50) for which the total T lies in [2^60, 2^62): prefix sums inside
+// a chunk are shifted by e - unit (align_mass, rounding down), and with B the sum of the earlier chunks'
+// totals
+//   C_i = B + align_mass(sum of the masses up to and including i in its chunk).
 // So C never decreases, C_i = C_{i-1} where the weight is zero, and T = C_{n-1}.
 //
-// Draws. A draw at position t in [0, T) takes the first i with C_i > t: a weight of zero is never drawn, ties cannot
-// happen. U_k is number offset + k of the Philox sequence (seed, row, Stream::resample), 64 bits each, and
-// mulhi(a, b) = floor(a b / 2^64).
-//   multinomial  t_j = mulhi(U_j, T)                                       independent draws, in draw order
-//   stratified   t_j = lo_j + mulhi(U_j, lo_{j+1} - lo_j), lo_j = floor(j T / num)        ascending
-//   systematic   t_j = floor((j T + s) / num), s = mulhi(U_0, T)                          ascending
-//   residual     first floor(num m_i / T) copies of each i, m_i = C_i - C_{i-1}, ascending: F in all. The other
-//                R = num - F are multinomial draws, U_0 .. U_{R-1}, from what the floors left over:
-//                C'_i = floor((C_i num - T (copies of 0..i)) / 2^k), T' = floor(T R / 2^k), k the smallest with T' < 2^62.
+// Draws. A draw at position t in [0, T) takes the first i with C_i > t: a weight of zero is never drawn, ties
+// cannot happen. U_k is number offset + k of the Philox sequence (seed, row, Stream::resample), 64 bits each,
+// where row counts the rows that share a seed; mulhi(a, b) = floor(a b / 2^64).
+//   multinomial  t_j = mulhi(U_j, T); independent draws, in draw order.
+//   stratified   t_j = lo_j + mulhi(U_j, lo_{j+1} - lo_j), lo_j = floor(j T / num); ascending.
+//   systematic   t_j = floor((j T + s) / num), s = mulhi(U_0, T); ascending.
+//   residual     first f_i = floor(num m_i / T) copies of each i, m_i = C_i - C_{i-1}, ascending: F in all.
+//   The
+//                other R = num - F are multinomial draws, by U_0 ... U_{R-1}, from what the floors left over:
+//                C'_i = floor((C_i num - T (f_0 + ... + f_i)) / 2^k), T' = floor(T R / 2^k), with k the
+//                smallest for which T R < 2^(62+k).
 //
-// Rejection. U_i is number offset + i of (seed, row, Stream::rejection), u = floor(U_i / 2^11) 2^-53. With
+// Rejection. U_i is number offset + i of (seed, row, Stream::rejection), u = floor(U_i / 2^12) 2^-52. With
 // M = max(log_bound, max log r) and E = e^(log r - M): keep i if u < E (plain), or if
-// u (E + G (1 - E e^-epsilon)) < E with G = e^gamma: u < sigmoid(F) multiplied out, F = d - log(1 - e^(d - epsilon)) - gamma,
-// d = log r - M (Azadi et al. 2019, section 3.2).
+// u (G + (1 - G e^-epsilon) E) < E with G = e^gamma. That is u < sigmoid(F) multiplied out,
+// F = d - log(1 - e^(d - epsilon)) - gamma, d = log r - M (Azadi et al. 2019, section 3.2).
 //
-// Metropolis. Block s of (seed, chain, Stream::metropolis) serves step s = 0, 1, ...: its low half U picks the proposal
-// mulhi(U, n) (order "random"; order "given" proposes chain * steps + s), its high half V gives
-// u = (floor(V / 2^11) + 1) 2^-53 in (0, 1]. The proposal is taken if log u <= log r' - log r. Without an initial state
-// step 0 takes its proposal; with one it is compared like any other. Draw m is the state after step burn_in + m thin; a
-// chain that is still at its initial state at step burn_in takes that step's proposal.
+// Metropolis. Block s of (seed, chain, Stream::metropolis) serves step s = 0, 1, ...: its low half U picks
+// the proposal mulhi(U, n) (order "random"; order "given" proposes chain * steps + s), its high half V gives
+// u = 1 - floor(V / 2^12) 2^-52 in (0, 1]. The proposal is taken if log u <= log r' - log r. Without an
+// initial state step 0 takes its proposal; with one it is compared like any other. Draw m is the state after
+// step burn_in + m thin; a chain that is still at its initial state at step burn_in takes that step's
+// proposal.
 #pragma once
 
 #include "philox.h"
@@ -82,8 +87,8 @@ REFINE_EXT_INLINE uint64_t round_to_integer(double x) {
   return std::bit_cast<uint64_t>(x + 0x1p52) - std::bit_cast<uint64_t>(0x1p52);
 }
 
-// weight 2^(kMassBits - exponent), rounded. The power is beyond one double where the chunk's largest weight is
-// subnormal, so it comes in two exact factors.
+// weight 2^(kMassBits - exponent), rounded. The power is beyond one double where the chunk's largest weight
+// is subnormal, so it comes in two exact factors.
 struct LinearMass {
   double first, second;
 
@@ -92,7 +97,9 @@ struct LinearMass {
     first = power_of_two(half);
     second = power_of_two(k - half);
   }
-  REFINE_EXT_INLINE uint64_t operator()(double weight) const { return round_to_integer(weight * first * second); }
+  REFINE_EXT_INLINE uint64_t operator()(double weight) const {
+    return round_to_integer(weight * first * second);
+  }
 };
 
 // Beyond +-2^60 log-weights are taken as the bound: an exponent must be an int64.
@@ -126,13 +133,14 @@ REFINE_EXT_INLINE uint64_t align_mass(uint64_t mass, int64_t shift) {
   return shift > -64 ? mass >> -shift : 0;
 }
 
-// A first unit, safe for `chunks` chunks: top is the largest exponent + bit_length(sum) over chunks of positive sum.
+// A first unit, safe for `chunks` chunks: top is the largest exponent + bit_length(sum) over chunks of
+// positive sum.
 REFINE_EXT_INLINE int64_t first_unit(int64_t top, int64_t chunks) {
   return top + bit_length(static_cast<uint64_t>(chunks)) - kTotalBits;
 }
 
-// The final one, from the total in the first: as fine as T < 2^62 surely allows. The rounding down of at most 2^bits
-// chunk sums, undone, adds less than another 2^61.
+// The final one, from the total in the first: as fine as T < 2^62 surely allows. The rounding down of at most
+// 2^bits chunk sums, undone, adds less than another 2^61.
 REFINE_EXT_INLINE int64_t final_unit(int64_t unit, uint64_t total) {
   return unit - (kTotalBits - 1 - bit_length(total));
 }
@@ -207,28 +215,34 @@ struct Remainder {
     total = static_cast<uint64_t>(mass >> shift);
   }
   REFINE_EXT_INLINE uint64_t boundary(uint64_t c, uint64_t copies) const {
-    return static_cast<uint64_t>((static_cast<Wide>(c) * grid.num - static_cast<Wide>(grid.total) * copies) >> shift);
+    return static_cast<uint64_t>((static_cast<Wide>(c) * grid.num - static_cast<Wide>(grid.total) * copies) >>
+                                 shift);
   }
 };
 
 // ---- decisions
 
-// [0, 1), and (0, 1], in steps of 2^-53.
-REFINE_EXT_INLINE double unit_from_zero(uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53; }
-REFINE_EXT_INLINE double unit_to_one(uint64_t bits) { return static_cast<double>((bits >> 11) + 1) * 0x1p-53; }
+// floor(bits / 2^12) 2^-52 in [0, 1), and 1 minus that in (0, 1]: the bits become the mantissa of a number in
+// [1, 2).
+REFINE_EXT_INLINE double unit_from_zero(uint64_t bits) {
+  return std::bit_cast<double>(bits >> 12 | uint64_t{0x3ff} << 52) - 1.0;
+}
+REFINE_EXT_INLINE double unit_to_one(uint64_t bits) {
+  return 2.0 - std::bit_cast<double>(bits >> 12 | uint64_t{0x3ff} << 52);
+}
 
-// log_bound: M. plain: odds and keep_back are not read.
+// u (constant + slope E) < E.
 struct Acceptance {
-  double log_bound;
-  double odds;       // G = e^gamma
-  double keep_back;  // e^-epsilon
-  bool plain;
+  double log_bound, constant, slope;
 
+  static REFINE_EXT_INLINE Acceptance plain(double log_bound) { return {log_bound, 1.0, 0.0}; }
+  static REFINE_EXT_INLINE Acceptance shifted(double log_bound, double gamma, double epsilon) {
+    const double odds = reproducible_exp(gamma);
+    return {log_bound, odds, 1.0 - odds * reproducible_exp(-epsilon)};
+  }
   REFINE_EXT_INLINE bool operator()(double log_ratio, uint64_t bits) const {
-    const double u = unit_from_zero(bits);
     const double e = reproducible_exp(log_ratio - log_bound);
-    const double against = e + odds * (1.0 - e * keep_back);
-    return (plain ? u : u * against) < e;
+    return unit_from_zero(bits) * (constant + slope * e) < e;
   }
 };
 

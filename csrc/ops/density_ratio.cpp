@@ -27,6 +27,9 @@ void raise(const RatioReport& report, const char* op, const char* argument, int6
       fail(op, ": ", argument, " must hold no NaN or +inf, at least one finite value, and base weights that are finite, ",
            "non-negative and not all zero", where);
     case RatioError::outside_domain:
+      if (std::string(op) == "variational_bound") {
+        fail(op, ": ", argument, " lies outside the domain of f*", where, "; tight=True and kind=\"logit\" take any values");
+      }
       fail(op, ": shift puts ", argument, " outside the domain of f*", where,
            ": h - shift must stay below its supremum");
     default: fail(op, ": the shift search did not converge", where, "; this is a bug, please report it with the input");

@@ -22,8 +22,9 @@ STABLE_TORCH_LIBRARY(refine_ext, m) {
   m.def("dual_bound(Tensor logit_real, Tensor logit_fake, int divergence, float alpha) -> Tensor");
   m.def("dual_output(Tensor logit, int divergence, float alpha) -> Tensor");
   m.def("dual_slope(Tensor grad, Tensor logit, bool conjugate, int divergence, float alpha) -> Tensor");
-  // Drawing (csrc/math/resampling.h). seed: int64, one value or one per row; method: a ResampleMethod.
-  m.def("resample(Tensor weights, int num, Tensor seed, int offset, int method, bool log) -> Tensor");
+  // Drawing (csrc/math/resampling.h). seed: int64, one value, or one for each index of some leading
+  // dimensions; method: a ResampleMethod.
+  m.def("resample(Tensor weights, SymInt num, Tensor seed, int offset, int method, bool log) -> Tensor");
   m.def(
       "rejection(Tensor log_ratio, Tensor? log_bound, Tensor? gamma, float epsilon, Tensor seed, int offset)"
       " -> (Tensor, Tensor, Tensor)");

@@ -1,0 +1,123 @@
+"""Worst errors in ULPs: every float16 and bfloat16 output there is, and a dense sweep of float32 ones.
+
+`python tests/test_density_ratio_precision.py` prints the table.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from reference import CLIPPED, FAMILIES, SUPREMUM, log_ratio, numpy_of
+
+import refine_ext as rx
+
+# No shift, one that float16 and bfloat16 inputs subtract exactly, and one that float32 must round.
+SHIFTS = (0.0, 0.375, -2.1)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Half a unit is what rounding to storage costs; the rest is the float32 arithmetic before it, 2^-13 and 2^-16 of a
+# unit for each of its roundings, which in a ratio count |log r| times.
+LIMITS = {torch.float16: 0.51, torch.bfloat16: 0.501, torch.float32: 3.0}
+
+
+def every_number(dtype: torch.dtype) -> torch.Tensor:
+    """All finite numbers of a 16-bit format; for float32 one of every 16,411 bit patterns, a prime."""
+    if dtype == torch.float32:
+        bits = torch.arange(-(2**31), 2**31, 16411, dtype=torch.int64).to(torch.int32)
+    else:
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(dtype)
+    return numbers[numbers.isfinite()]
+
+
+def in_domain(name: str, h: torch.Tensor, shift: float) -> torch.Tensor:
+    return h[h.double() - shift < SUPREMUM[name] * (1 - 1e-15) if name in SUPREMUM else h == h]
+
+
+def units(got: torch.Tensor, want: np.ndarray, least: float) -> np.ndarray:
+    """Errors in units in the last place of max(|want|, least); zero where both have overflowed."""
+    info = torch.finfo(got.dtype)
+    x = numpy_of(got)
+    size = np.maximum(np.abs(want), max(least, info.tiny))
+    with np.errstate(all="ignore"):
+        unit = np.exp2(np.floor(np.log2(size))) * info.eps
+        error = np.abs(x - want) / unit
+    edge = info.max * (1 + info.eps / 2)
+    beyond = np.abs(want) >= edge
+    # Beyond the largest number: infinity, or the largest number where the float32 before it fell short.
+    assert (np.abs(x[beyond]) >= info.max).all()
+    assert (np.sign(x[beyond]) == np.sign(want[beyond])).all()
+    error[beyond | (np.abs(want) > info.max)] = 0
+    return error
+
+
+@functools.cache
+def worst(name: str, dtype: torch.dtype) -> dict[str, float]:
+    result = {"log_ratio": 0.0, "ratio": 0.0, "ratio beyond log r": 0.0}
+    for shift in SHIFTS if dtype != torch.float32 else SHIFTS[1:]:
+        h = in_domain(name, every_number(dtype), shift)
+        assert h.numel() > 10000
+        exact = log_ratio(name, numpy_of(h) - np.longdouble(shift))
+        with np.errstate(all="ignore"):
+            ratio = np.exp(exact)
+        logs = rx.density_ratio(h, name, shift=shift).log_ratio
+        ratios = rx.density_ratio(h, name, shift=shift, output="ratio").ratio
+        assert not logs.isnan().any() and not ratios.isnan().any()
+        # Where r vanishes at a finite output, log r goes to minus infinity with a slope beyond any number format:
+        # there the ratio is what is judged, in units of one.
+        steep = exact < -2 if name in CLIPPED else np.zeros(exact.shape, bool)
+        assert (logs.double().numpy()[exact == -np.inf] == -np.inf).all()
+        error = units(logs[torch.from_numpy(~steep)], exact[~steep], 1.0)
+        result["log_ratio"] = max(result["log_ratio"], float(error.max()))
+        for kept, least in ((~steep, 0.0), (steep, 1.0)):
+            if not kept.any():
+                continue
+            error = units(ratios[torch.from_numpy(kept)], ratio[kept], least)
+            result["ratio"] = max(result["ratio"], float(error.max()))
+            # x = log r is a float32 before exp. Half a unit of x is up to |x| units of r; jeffreys, whose x is the
+            # result of an iteration, has a little more.
+            share = 1.25 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+            amplified = share * np.abs(np.clip(exact[kept], -100, 100))
+            result["ratio beyond log r"] = max(result["ratio beyond log r"], float((error - amplified).max()))
+    return result
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_worst_error(name, dtype):
+    errors = worst(name, dtype)
+    assert errors["log_ratio"] <= LIMITS[dtype]
+    # jeffreys solves for log r by iteration, which leaves it up to three units off instead of one or two.
+    iterated = name == "jeffreys" and dtype == torch.float32
+    assert errors["ratio beyond log r"] <= LIMITS[dtype] + (8 if iterated else dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_logits_are_exact(dtype):
+    """log r = ℓ − shift: the difference, rounded once."""
+    logit = every_number(dtype)
+    for shift in SHIFTS:
+        got = rx.density_ratio(logit, kind="logit", shift=shift).log_ratio
+        assert torch.equal(got, (logit.double() - shift).to(dtype))
+
+
+def table() -> str:
+    rows = ["| divergence | " + " | ".join(f"{d} log r | {d} r".replace("torch.", "") for d in DTYPES) + " |"]
+    rows.append("|---" * (1 + 2 * len(DTYPES)) + "|")
+    for name in FAMILIES:
+        cells = [f"{worst(name, d)[k]:.3f}" for d in DTYPES for k in ("log_ratio", "ratio")]
+        rows.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_worst_errors_is_printed(capsys):
+    text = table()
+    with capsys.disabled():
+        print("\nWorst error of the density ratio at a given shift, in units in the last place\n" + text)
+    assert text.count("\n") == 1 + len(FAMILIES)
+
+
+if __name__ == "__main__":
+    print(table())
