@@ -136,8 +136,10 @@ def test_every_element_is_written_once(emulated, n, storage):
                 check_row(name, storage, h[row], answer.out[row], answer.stats[row])
 
 
-@pytest.mark.parametrize("output", ["log_ratio", "ratio"])
-@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize(
+    ("storage", "output"),
+    [("float64", "log_ratio"), ("float32", "ratio"), ("float16", "ratio"), ("bfloat16", "log_ratio")],
+)
 @pytest.mark.parametrize("name", NAMED)
 def test_weights(emulated, name, storage, output):
     rng = np.random.default_rng(5)
@@ -222,6 +224,27 @@ def test_invalid_weights_and_shifts(emulated, n):
     answer = emulated.call("ratio", "float32", h=h, shift=shift, fixed=True, **codes("gan"))
     assert np.isnan(answer.out[1:3]).all() and np.isnan(answer.stats[1:3]).all()
     assert np.isfinite(answer.out[[0, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("n", [100, 3000, 17_000])
+@pytest.mark.parametrize("name", NAMED)
+def test_weights_over_sixty_decades(emulated, name, n):
+    """The largest ratio is then beyond float32, and so are squares of weighted ratios."""
+    rng = np.random.default_rng(n)
+    h = random_outputs(name, (1, n), "float32", 8)
+    for w in (10 ** rng.uniform(-30, 30, n), np.where(h[0] == h[0].max(), 1e-36, 1.0)):
+        weights = encode(w, "float32")
+        answer = emulated.call("ratio", "float32", h=h, weights=weights, **codes(name))
+        check_row(name, "float32", h[0], answer.out[0], answer.stats[0], weights)
+
+
+@pytest.mark.parametrize("n", [9, 3000, 17_000])
+@pytest.mark.parametrize("name", ["kl", "logit", "pearson_chi2", "jensen_shannon"])
+def test_no_mass_at_a_given_shift(emulated, name, n):
+    h = np.full((1, n), -np.inf, dtype=np.float32)
+    answer = emulated.call("ratio", "float32", h=h, shift=np.zeros(1), fixed=True, **codes(name))
+    assert (answer.out == -np.inf).all()
+    np.testing.assert_array_equal(answer.stats[0, 1:4], [-np.inf] * 3)
 
 
 @pytest.mark.parametrize("n", [5, 300, 20_000])
