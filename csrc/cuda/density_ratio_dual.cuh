@@ -172,7 +172,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
   const double scale = -upstream / static_cast<double>(problem.n);
   const RatioStats found = stats[team.row];
   if constexpr (kForm == Form::exponential) {
-    ShiftPass<C, Output::ratio> pass(fixed_anchor<C>(family, found.shift), scale);
+    Anchor anchor = fixed_anchor<C>(family, found.shift);
+    anchor.low = found.anchor_low;
+    ShiftPass<C, Output::ratio> pass(anchor, scale);
     for_samples<1, true, 1, C>({row.h}, row.out, problem.n, team, pass);
   } else {
     const Anchor anchor =

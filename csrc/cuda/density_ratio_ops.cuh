@@ -24,7 +24,6 @@ struct RowProblem : DensityRatioProblem {
 template <class C, bool kWeighted>
 struct ScanPass : Pass {
   C best = -std::numeric_limits<C>::infinity();
-  C mass = C(0);
   double weight = 0.0;
   bool invalid = false;
 
@@ -35,16 +34,10 @@ struct ScanPass : Pass {
     if constexpr (kWeighted) {
       invalid |= !(x[1] >= C(0) && x[1] < infinity);
       counts = counts && x[1] > C(0);
-      mass += x[1];
+      weight += static_cast<double>(x[1]);
     }
     best = counts ? x[0] : best;
     return best;
-  }
-  __device__ __forceinline__ void flush() {
-    if constexpr (kWeighted) {
-      weight += static_cast<double>(mass);
-      mass = C(0);
-    }
   }
 };
 
@@ -53,36 +46,39 @@ struct ScanPass : Pass {
 template <class C, bool kWeighted>
 struct OnlineScanPass : Pass {
   ScanPass<C, kWeighted> scan;
-  C reference = C(0), largest = C(kWeighted ? 0 : 1);
-  C part = C(0), part_square = C(0);
-  double sum = 0.0, square = 0.0;
+  C reference = C(0), part = C(0), part_square = C(0);
+  double sum = 0.0, square = 0.0, largest = kWeighted ? 0.0 : 1.0;
 
   __device__ __forceinline__ void inspect(const C* x) { scan.sample(x); }
   __device__ __forceinline__ void prepare() {
     if (!(scan.best > reference || sum == 0.0)) return;
     const C origin = scan.best > -std::numeric_limits<C>::infinity() ? scan.best : C(0);
-    const C shrink = sum == 0.0 ? C(0) : Arithmetic<C>::exp(reference - origin);
-    const double factor = static_cast<double>(shrink);
-    sum *= factor;
-    square *= factor * factor;
+    const double shrink = sum == 0.0 ? 0.0 : static_cast<double>(Arithmetic<C>::exp(reference - origin));
+    sum *= shrink;
+    square *= shrink * shrink;
     if constexpr (kWeighted) largest *= shrink;
     reference = origin;
   }
   __device__ __forceinline__ C sample(const C* x) {
-    C e = Arithmetic<C>::exp(x[0] - reference);
+    const C e = Arithmetic<C>::exp(x[0] - reference);
     if constexpr (kWeighted) {
-      e = x[1] > C(0) ? e * x[1] : C(0);
-      largest = e > largest ? e : largest;
+      // Weights may span more than float32 does once they are squared.
+      const double mass = x[1] > C(0) ? static_cast<double>(e) * static_cast<double>(x[1]) : 0.0;
+      sum += mass;
+      square += mass * mass;
+      largest = mass > largest ? mass : largest;
+    } else {
+      part += e;
+      part_square += e * e;
     }
-    part += e;
-    part_square += e * e;
     return e;
   }
   __device__ __forceinline__ void flush() {
-    scan.flush();
-    sum += static_cast<double>(part);
-    square += static_cast<double>(part_square);
-    part = part_square = C(0);
+    if constexpr (!kWeighted) {
+      sum += static_cast<double>(part);
+      square += static_cast<double>(part_square);
+      part = part_square = C(0);
+    }
   }
 };
 
@@ -101,8 +97,9 @@ struct MeanPass : Pass {
     const RatioPoint<C> point = evaluate((high - x[0]) + low);
     if constexpr (kWeighted) {
       // A sample of weight zero takes no part, even where its ratio overflows.
-      part += x[1] > C(0) ? x[1] * point.ratio : C(0);
-      part_moment += x[1] > C(0) ? x[1] * point.moment : C(0);
+      const bool counts = x[1] > C(0);
+      ratio += counts ? static_cast<double>(x[1]) * static_cast<double>(point.ratio) : 0.0;
+      moment += counts ? static_cast<double>(x[1]) * static_cast<double>(point.moment) : 0.0;
     } else {
       part += point.ratio;
       part_moment += point.moment;
@@ -110,21 +107,22 @@ struct MeanPass : Pass {
     return point.ratio;
   }
   __device__ __forceinline__ void flush() {
-    ratio += static_cast<double>(part);
-    moment += static_cast<double>(part_moment);
-    part = part_moment = C(0);
+    if constexpr (!kWeighted) {
+      ratio += static_cast<double>(part);
+      moment += static_cast<double>(part_moment);
+      part = part_moment = C(0);
+    }
   }
 };
 
-// The result, and its sums: w r, (w r)^2, largest w r, and with Output::none w f*. kEither: log r or r, as `log_ratio`
-// says at run time.
+// The result, and its sums: w r, (w r)^2, largest w r, and with Output::none w f*, in float64 since squares leave
+// float32 early. kEither: log r or r, as `log_ratio` says at run time.
 template <Form kForm, class C, Output kOutput, bool kEither = false>
 struct WritePass : Pass {
   const RatioEvaluator<kForm, C> evaluate;
   const C high, low, scale;
   bool log_ratio = kOutput == Output::log_ratio;
-  C part = C(0), part_square = C(0), part_conjugate = C(0), largest = C(0);
-  double ratio = 0.0, square = 0.0, conjugate = 0.0;
+  double ratio = 0.0, square = 0.0, conjugate = 0.0, largest = 0.0;
 
   __device__ __forceinline__ WritePass(const Family& family, const Anchor& anchor, double factor)
       : evaluate(family, anchor),
@@ -135,22 +133,15 @@ struct WritePass : Pass {
   __device__ __forceinline__ C sample(const C* x) {
     const RatioPoint<C> point = evaluate((high - x[0]) + low);
     const bool counts = x[1] > C(0);
-    const C r = counts ? x[1] * point.ratio : C(0);
-    part += r;
-    part_square += r * r;
+    const double r = counts ? static_cast<double>(x[1]) * static_cast<double>(point.ratio) : 0.0;
+    ratio += r;
+    square += r * r;
     largest = r > largest ? r : largest;
-    if constexpr (kOutput == Output::none) part_conjugate += counts ? x[1] * point.conjugate : C(0);
+    if constexpr (kOutput == Output::none) {
+      conjugate += counts ? static_cast<double>(x[1]) * static_cast<double>(point.conjugate) : 0.0;
+    }
     if constexpr (kEither) return log_ratio ? point.log_ratio : point.ratio;
     return kOutput == Output::log_ratio ? point.log_ratio : point.ratio * scale;
-  }
-  __device__ __forceinline__ void flush() {
-    ratio += static_cast<double>(part);
-    square += static_cast<double>(part_square);
-    part = part_square = C(0);
-    if constexpr (kOutput == Output::none) {
-      conjugate += static_cast<double>(part_conjugate);
-      part_conjugate = C(0);
-    }
   }
 };
 
@@ -170,7 +161,22 @@ struct ShiftPass : Pass {
 
 // ---- a row between two passes
 
-enum class Status : int { searching, settled, invalid };
+enum class Status : int {
+  searching,
+  deferred,  // searching where float32 cannot follow: settle_kernel goes on in float64
+  settled,
+  invalid,
+};
+
+// Whether g = e^{-c L} is too small for float32 in the forms that evaluate (g + c k d)^{-1/c} by g. Only base weights
+// let L grow beyond log n.
+template <Form kForm, class C>
+inline constexpr bool kHoldsBase = sizeof(C) == 4 && (kForm == Form::reciprocal || kForm == Form::inverse_square ||
+                                                      kForm == Form::inverse_sqrt);
+template <Form kForm, class C>
+__device__ __forceinline__ bool base_underflows(const Family& family, const Anchor& anchor) {
+  return kHoldsBase<kForm, C> && family.c * anchor.log_max > 80.0;
+}
 
 struct ScanTotals {
   double maximum, weight, invalid;
@@ -219,16 +225,22 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
   state.best_error = std::numeric_limits<double>::infinity();
   state.search = begin_search(family, problem.n, problem.weights != nullptr);
   bool valid = !(scan.invalid > 0.0) && scan.weight > 0.0 && state.shift == state.shift;
-  if (kForm == Form::exponential || !fixed) valid = valid && is_finite(scan.maximum);
+  if (!fixed) valid = valid && is_finite(scan.maximum);
 
   if constexpr (kForm == Form::exponential) {
-    if (!fixed) state.shift = scan.maximum + ::log(scan.sum) - ::log(scan.weight) - family.tangent;
+    // log r of the largest. With a solved shift it is taken from the sum, not from the shift: a large maximum's rounding
+    // would swallow it.
+    const double largest =
+        fixed ? scan.maximum - (state.shift + family.tangent) : ::log(scan.weight) - ::log(scan.sum);
+    if (!fixed) state.shift = (scan.maximum - largest) - family.tangent;
     state.anchor = fixed_anchor<C>(family, state.shift);
-    const double origin = scan.maximum - (state.shift + family.tangent);  // log r of the largest
+    if (!fixed) state.anchor.low = (scan.maximum - state.anchor.high) - largest;
+    const double infinity = std::numeric_limits<double>::infinity();
+    const bool empty = scan.maximum == -infinity;  // r = 0 for all at a given shift, and the sums hold nothing
     state.stats = {state.shift,
-                   origin + ::log(scan.sum),
-                   2.0 * origin + ::log(scan.square),
-                   origin + ::log(scan.largest),
+                   empty ? -infinity : largest + ::log(scan.sum),
+                   empty ? -infinity : 2.0 * largest + ::log(scan.square),
+                   empty ? -infinity : largest + ::log(scan.largest),
                    ::log(scan.weight),
                    state.anchor.log_max,
                    state.anchor.high,
@@ -240,7 +252,7 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
     valid = valid && !(scan.maximum - state.shift > family.supremum);
     const C d = (static_cast<C>(state.anchor.high) - static_cast<C>(scan.maximum)) + static_cast<C>(state.anchor.low);
     const C ratio = RatioEvaluator<kForm, C>(family, state.anchor)(d).ratio;
-    valid = valid && ratio - ratio == C(0);
+    valid = valid && is_finite(static_cast<double>(ratio));
     state.status = Status::settled;
   } else {
     state.anchor = solved_anchor(family, scan.maximum, state.search.log_max);

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 4) scan_kernel(const RowProblem prob
     for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, S>(inputs, row.out, problem.n, team, pass);
     totals = scan_totals(team, pass.scan, 0);
     merge_exponentials(team, static_cast<double>(pass.reference), pass.sum, pass.square,
-                       static_cast<double>(pass.largest), totals);
+                       pass.largest, totals);
   } else {
     ScanPass<S, kWeighted> pass;
     for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, S>(inputs, row.out, problem.n, team, pass);
@@ -227,8 +227,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
   constexpr int kInputs = kWeighted ? 2 : 1;
   const Team team = my_team(layout);
   const RowState& state = next_state<kForm>(problem, work, team, index);
-  if (team.part == 0 && team.rank == 0) work.state((index + 1) % 2, team.row) = state;
-  if (state.status != Status::searching) return;
+  const bool deferred = state.status == Status::searching && base_underflows<kForm, C>(problem.family, state.anchor);
+  if (team.part == 0 && team.rank == 0) {
+    RowState& next = work.state((index + 1) % 2, team.row);
+    next = state;
+    if (deferred) next.status = Status::deferred;
+  }
+  if (deferred || state.status != Status::searching) return;
   const RowPointers<T> row = row_pointers<T>(problem, team.row);
   const T* inputs[kInputs];
   inputs[0] = row.h;
@@ -248,6 +253,8 @@ template <Form kForm>
 __global__ void __launch_bounds__(kMaxThreads, 1) settle_kernel(const RowProblem problem, const Workspace work) {
   const Team team = my_team({kMaxThreads, 1});
   RowState& state = next_state<kForm>(problem, work, team, kEvaluations);
+  if (team.rank == 0 && state.status == Status::deferred) state.status = Status::searching;
+  __syncthreads();
   for (int step = 0; step < kMaxSteps && state.status == Status::searching; ++step) {
     MeanPass<kForm, double, true> pass(problem.family, state.anchor);
     for (int64_t i = team.rank; i < problem.n; i += team.size) {
@@ -296,9 +303,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
     ShiftPass<S, kOutput> pass(state.anchor, 1.0);
     for_samples<kReadAhead<T>, true, 1, S>({row.h}, row.out, problem.n, team, pass);
   } else {
-    WritePass<kForm, C, kOutput> pass(problem.family, state.anchor, 1.0);
-    for_samples<1, kOutput != Output::none, 2, C>({row.h, row.weights}, row.out, problem.n, team, pass);
-    const RowSums sums = row_sums(team, pass);
+    RowSums sums;
+    const auto write_in = [&](auto number) {
+      using N = decltype(number);
+      WritePass<kForm, N, kOutput> pass(problem.family, state.anchor, 1.0);
+      for_samples<1, kOutput != Output::none, 2, N>({row.h, row.weights}, row.out, problem.n, team, pass);
+      sums = row_sums(team, pass);
+    };
+    if (kOutput != Output::none && base_underflows<kForm, C>(problem.family, state.anchor)) {
+      if constexpr (kOutput != Output::none && kHoldsBase<kForm, C>) write_in(double{});
+    } else {
+      write_in(C{});
+    }
     if (team.rank != 0) return;
     double* partial = work.partial(1, team.row, team.part);
     partial[0] = sums.ratio;

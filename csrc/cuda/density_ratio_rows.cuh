@@ -68,7 +68,7 @@ struct RowSums {
 };
 template <class P>
 __device__ __forceinline__ RowSums row_sums(const Team& team, const P& pass) {
-  double sums[3] = {pass.ratio, pass.square, pass.conjugate}, largest[1] = {static_cast<double>(pass.largest)};
+  double sums[3] = {pass.ratio, pass.square, pass.conjugate}, largest[1] = {pass.largest};
   reduce<Sum>(team, sums);
   reduce<Maximum>(team, largest);
   return {sums[0], sums[1], sums[2], largest[0]};
@@ -104,9 +104,19 @@ __global__ void __launch_bounds__(kMaxThreads) density_ratio_rows_kernel(const R
   RowSums sums{0.0, 0.0, 0.0, 0.0};
   if constexpr (kForm != Form::exponential) {
     for (int step = 0; step < kMaxSteps && state.status == Status::searching; ++step) {
-      MeanPass<kForm, C, true> pass(problem.family, state.anchor);
-      for_samples<1, false, 2, C>(inputs, row.out, n, team, pass);
-      double means[2] = {pass.ratio, pass.moment};
+      double means[2];
+      const auto mean_in = [&](auto number) {
+        using N = decltype(number);
+        MeanPass<kForm, N, true> pass(problem.family, state.anchor);
+        for_samples<1, false, 2, N>(inputs, row.out, n, team, pass);
+        means[0] = pass.ratio;
+        means[1] = pass.moment;
+      };
+      if (base_underflows<kForm, C>(problem.family, state.anchor)) {
+        if constexpr (kHoldsBase<kForm, C>) mean_in(double{});
+      } else {
+        mean_in(C{});
+      }
       reduce<Sum>(team, means);
       // Every thread has read the state by now: it took the anchor before the reduction.
       synchronise(team);
@@ -130,10 +140,18 @@ __global__ void __launch_bounds__(kMaxThreads) density_ratio_rows_kernel(const R
     for_samples<1, false, 2, C>(inputs, row.out, n, team, pass);
     sums = row_sums(team, pass);
   } else {
-    WritePass<kForm, C, Output::ratio, true> pass(problem.family, state.anchor, 1.0);
-    pass.log_ratio = problem.output == Output::log_ratio;
-    for_samples<1, true, 2, C>(inputs, row.out, n, team, pass);
-    sums = row_sums(team, pass);
+    const auto write_in = [&](auto number) {
+      using N = decltype(number);
+      WritePass<kForm, N, Output::ratio, true> pass(problem.family, state.anchor, 1.0);
+      pass.log_ratio = problem.output == Output::log_ratio;
+      for_samples<1, true, 2, N>(inputs, row.out, n, team, pass);
+      sums = row_sums(team, pass);
+    };
+    if (base_underflows<kForm, C>(problem.family, state.anchor)) {
+      if constexpr (kHoldsBase<kForm, C>) write_in(double{});
+    } else {
+      write_in(C{});
+    }
   }
 
   double real[1] = {0.0};

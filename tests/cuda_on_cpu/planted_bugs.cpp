@@ -61,7 +61,7 @@ __global__ void divergent_shuffle(const float*, double* out) {
 
 __global__ void beyond_the_end(const float* in, double* out) {
   const uint4 pack = load_pack(in + 4 * threadIdx.x, true);
-  if (pack.x == 1) *out = 1.0;
+  if (pack.w == 1) *out = 1.0;
 }
 
 __global__ void misaligned_pack(const float* in, double* out) {

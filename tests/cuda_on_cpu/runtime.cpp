@@ -68,6 +68,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10, kGuardBytes = 4096;
+constexpr size_t kSharedBytes = size_t{48} << 10;
 constexpr int kLanes = 32, kMaxBlock = 1024;
 
 // Threads wait here until all of a group have come. Its two objects carry the order that it makes, by generation: a
@@ -109,9 +110,20 @@ struct Block {
   char finished = 0;
   struct Shared {
     const void* key;
-    std::unique_ptr<unsigned char, void (*)(void*)> memory;
+    unsigned char* memory;
   };
   std::vector<Shared> shared;
+#if defined(CUDA_ON_CPU_TSAN)
+  // Mapped by the host before the block starts: the sanitizer takes the mapping for a write of whoever does it.
+  unsigned char* arena = static_cast<unsigned char*>(
+      mmap(nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  size_t used = 0;
+  ~Block() { munmap(arena, kSharedBytes); }
+#else
+  ~Block() {
+    for (const Shared& array : shared) std::free(array.memory);
+  }
+#endif
 };
 
 Fiber* current = nullptr;
@@ -124,12 +136,16 @@ size_t at = 0;
 uint64_t progress = 0, seen = 0;
 size_t idle = 0;
 char launch_order = 0;
+#if defined(CUDA_ON_CPU_ASAN)
 const void* host_stack = nullptr;
 size_t host_stack_bytes = 0;
+#endif
 
 // Stacks and sanitizer fibers are reused by every second block: two consecutive ones must not look ordered.
 std::vector<char*> stacks[2];
+#if defined(CUDA_ON_CPU_TSAN)
 std::vector<void*> tsan_fibers[2];
+#endif
 
 void switch_to(Fiber* next) {
   Fiber* last = current;
@@ -211,7 +227,10 @@ void entry() {
   ++progress;
   --block->alive;
   if (block->alive > 0 && block->barrier.arrived == block->alive) open(block->barrier);
-  turn.erase(turn.begin() + static_cast<std::ptrdiff_t>(at));
+  // By hand: the sanitizer would see a library's memmove, as an access of this fiber.
+  volatile int* order = turn.data();
+  for (size_t i = at; i + 1 < turn.size(); ++i) order[i] = order[i + 1];
+  turn.pop_back();
   if (turn.empty()) {
     switch_to(&host);
   } else {
@@ -261,29 +280,27 @@ std::vector<int64_t> order_of(int64_t count, unsigned seed) {
   return order;
 }
 
-void unmap_nothing(void*) {}
-
 }  // namespace
 
 Position& position() { return current->position; }
 
 void* shared_memory(const void* key, size_t bytes) {
-  for (Block::Shared& array : block->shared) {
-    if (array.key == key) return array.memory.get();
+  for (const Block::Shared& array : block->shared) {
+    if (array.key == key) return array.memory;
   }
 #if defined(CUDA_ON_CPU_TSAN)
-  // From mmap, which the sanitizer does not take for a write of this fiber.
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  volatile unsigned char* fill = static_cast<unsigned char*>(memory);
-  for (size_t i = 0; i < bytes; ++i) fill[i] = 0xff;
-  block->shared.push_back({key, {static_cast<unsigned char*>(memory), unmap_nothing}});
+  unsigned char* memory = block->arena + block->used;
+  block->used += (bytes + 15) / 16 * 16;
+  if (block->used > kSharedBytes) die("too much shared memory", "", 0);
 #else
-  (void)unmap_nothing;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 16, bytes) != 0) die("no memory", "", 0);
-  std::memset(memory, 0xff, bytes);
-  block->shared.push_back({key, {static_cast<unsigned char*>(memory), std::free}});
+  void* fresh = nullptr;
+  if (posix_memalign(&fresh, 16, bytes) != 0) die("no memory", "", 0);
+  auto* memory = static_cast<unsigned char*>(fresh);
 #endif
+  volatile unsigned char* fill = memory;
+  for (size_t i = 0; i < bytes; ++i) fill[i] = 0xff;
+  if (block->shared.size() == block->shared.capacity()) die("too many shared arrays", "", 0);
+  block->shared.push_back({key, memory});
   return memory;
 }
 
@@ -316,7 +333,6 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
   if (threads % kLanes != 0 || threads > kMaxBlock || threads <= 0) die("unusable block size", name, threads);
   kernel = &body;
   kernel_name = name;
-  release(&launch_order);
   // Blocks are kept to the end: their memory must not be reused by another, which would look like an order or a race.
   std::vector<std::unique_ptr<Block>> finished;
   int set = 0;
@@ -326,6 +342,7 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
     block->fibers = std::vector<Fiber>(static_cast<size_t>(threads));
     block->warps = std::vector<Warp>(static_cast<size_t>(threads / kLanes));
     block->alive = threads;
+    block->shared.reserve(64);
     turn.clear();
     for (int64_t thread : order_of(threads, static_cast<unsigned>(index) + 7)) turn.push_back(static_cast<int>(thread));
     for (int thread = 0; thread < threads; ++thread) {
@@ -335,14 +352,12 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
     host.tsan = __tsan_get_current_fiber();
     set ^= 1;
 #endif
+    release(&launch_order);
     at = 0;
     idle = 0;
     current = &host;
     switch_to(&block->fibers[static_cast<size_t>(turn[0])]);
     current = nullptr;
-#if !defined(CUDA_ON_CPU_TSAN)
-    block->shared.clear();
-#endif
   }
   for (const auto& done : finished) acquire(&done->finished);
   block = nullptr;
