@@ -3,7 +3,7 @@
 // a run is deterministic. What a GPU would leave undefined is reported: barriers that not every thread reaches, shuffles
 // across lanes that are not there, and, by the sanitizers, accesses out of bounds or out of order.
 //
-// Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor shuffles, static shared
+// Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up shuffles, static shared
 // memory (REFINE_EXT_SHARED), 16-byte packs.
 #pragma once
 
@@ -53,7 +53,7 @@ float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
 
 template <class T>
-T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line);
+T shuffle(unsigned mask, T value, int source, const char* file, int line);
 
 }  // namespace cuda_on_cpu
 
@@ -62,8 +62,13 @@ T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line);
 #define blockDim (cuda_on_cpu::position().block_size)
 #define __syncthreads() cuda_on_cpu::barrier(__FILE__, __LINE__)
 #define __syncwarp() cuda_on_cpu::warp_barrier(__FILE__, __LINE__)
+#define REFINE_EXT_LANE (static_cast<int>(threadIdx.x % 32))
 #define __shfl_xor_sync(mask, value, distance) \
-  cuda_on_cpu::shuffle_xor(mask, value, distance, __FILE__, __LINE__)
+  cuda_on_cpu::shuffle(mask, value, REFINE_EXT_LANE ^ (distance), __FILE__, __LINE__)
+#define __shfl_up_sync(mask, value, distance)                                             \
+  cuda_on_cpu::shuffle(mask, value,                                                       \
+                       REFINE_EXT_LANE < (distance) ? REFINE_EXT_LANE : REFINE_EXT_LANE - (distance), \
+                       __FILE__, __LINE__)
 
 #define REFINE_EXT_SHARED(type, name, dims)                                  \
   static char name##_key;                                                    \
@@ -76,13 +81,12 @@ namespace cuda_on_cpu {
 [[noreturn]] void die(const char* message, const char* file, int line);
 
 template <class T>
-T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line) {
+T shuffle(unsigned mask, T value, int source, const char* file, int line) {
   static_assert(sizeof(T) <= kSlotBytes);
   if (mask != 0xffffffffu) die("only full-mask shuffles are modelled", file, line);
-  const int lane = static_cast<int>(position().thread.x % 32);
   const unsigned char* slots = exchange(&value, sizeof(T), file, line);
   T result;
-  std::memcpy(&result, slots + (lane ^ distance) * kSlotBytes, sizeof(T));
+  std::memcpy(&result, slots + source * kSlotBytes, sizeof(T));
   return result;
 }
 
