@@ -95,7 +95,7 @@ struct BackwardPass : Pass {
 };
 
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_output_kernel(const T* x, T* out, const int64_t n, const Layout layout,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>) dual_output_kernel(const T* x, T* out, const int64_t n, const Layout layout,
                                                               const Family family) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_output_
 
 // grad: like x; or row_grad, one value a row, float64 if wide.
 template <Form kForm, class T, bool kConjugate>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_slope_kernel(const T* x, const T* grad, const void* row_grad,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>) dual_slope_kernel(const T* x, const T* grad, const void* row_grad,
                                                              const bool wide, T* out, const int64_t rows,
                                                              const int64_t n, const Layout layout,
                                                              const Family family) {
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_slope_k
 }
 
 template <Form kForm, class T, bool kConjugate>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_sum_kernel(const T* x, const int64_t rows, const int64_t n,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>) dual_sum_kernel(const T* x, const int64_t rows, const int64_t n,
                                                            const Layout layout, const Family family, double* sums) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) dual_bound_kernel(const MeanSums rea
 // -grad r / n, the gradient of a bound with respect to the fake outputs: the envelope theorem, the shift's own
 // movement does not count.
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>, kForm>)
     bound_backward_kernel(const RowProblem problem, const Layout layout, const RatioStats* stats, const void* grad,
                           const bool wide) {
   using C = Compute<kForm, T>;
@@ -197,8 +197,9 @@ __device__ __forceinline__ BackwardRow<T> backward_row(const RowProblem& problem
            weights ? weights + row * problem.weight_stride : nullptr}};
 }
 
+// Three inputs and two sums take 80 registers.
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_sums_kernel(const RowProblem problem, const Layout layout,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type, Form::lambert>) backward_sums_kernel(const RowProblem problem, const Layout layout,
                                                                 const T* log_ratio, const T* grad, double* sums) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_sum
 // The derivation of through_ratio is beside the CPU's backward (csrc/cpu/density_ratio.cpp). sums == nullptr: the
 // shift was given.
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_kernel(const RowProblem problem, const Layout layout,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>) backward_kernel(const RowProblem problem, const Layout layout,
                                                            const T* log_ratio, const T* grad, const RatioStats* stats,
                                                            const double* grad_stats, const double* sums) {
   using C = typename ComputeOf<T>::type;

@@ -48,8 +48,13 @@ struct Workspace {
 template <class T>
 inline constexpr int kReadAhead = sizeof(T) >= 4 ? 2 : 1;
 
+// Blocks that share a multiprocessor, which sets the registers of a thread: 64; 80 for the eight samples of a 16-bit
+// pack and for the lambert form, which waits for its arithmetic anyway; 128 for float64.
+template <class T, class C, Form kForm = Form::exponential>
+inline constexpr int kResidentBlocks = sizeof(C) == 8 ? 2 : sizeof(T) == 2 || kForm == Form::lambert ? 3 : 4;
+
 template <class T, bool kWeighted, bool kExponential>
-__global__ void __launch_bounds__(kThreads, 4) scan_kernel(const RowProblem problem, const Layout layout,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>) scan_kernel(const RowProblem problem, const Layout layout,
                                                           const Workspace work) {
   using S = typename ComputeOf<T>::type;
   constexpr int kInputs = kWeighted ? 2 : 1;
@@ -221,7 +226,7 @@ __device__ __forceinline__ RowState& next_state(const RowProblem& problem, const
 }
 
 template <Form kForm, class T, bool kWeighted>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>, kForm>)
     evaluate_kernel(const RowProblem problem, const Layout layout, const Workspace work, const int index) {
   using C = Compute<kForm, T>;
   constexpr int kInputs = kWeighted ? 2 : 1;
@@ -284,14 +289,18 @@ __device__ __forceinline__ RowState& final_state(const RowProblem& problem, cons
   return work.state(kFinalSlot, team.row);
 }
 
-template <Form kForm, class T, Output kOutput>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+// N is what the formula is evaluated in: of a form that holds g, rows where float32 cannot are left to the kernel with
+// N = double, and the other way round.
+template <Form kForm, class T, Output kOutput, class N>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, N, kForm>)
     write_kernel(const RowProblem problem, const Layout layout, const Workspace work, RatioStats* stats) {
   using S = typename ComputeOf<T>::type;
   using C = Compute<kForm, T>;
   const Team team = my_team(layout);
   const RowState& state = final_state<kForm, C>(problem, work, team);
   const RowPointers<T> row = row_pointers<T>(problem, team.row);
+  constexpr bool kWide = sizeof(N) > sizeof(C);
+  if (base_underflows<kForm, C>(problem.family, state.anchor) != kWide) return;
   if (kForm == Form::exponential && team.part == 0 && team.rank == 0) {
     stats[team.row] = state.status == Status::settled ? state.stats : invalid_stats();
   }
@@ -303,18 +312,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
     ShiftPass<S, kOutput> pass(state.anchor, 1.0);
     for_samples<kReadAhead<T>, true, 1, S>({row.h}, row.out, problem.n, team, pass);
   } else {
-    RowSums sums;
-    const auto write_in = [&](auto number) {
-      using N = decltype(number);
-      WritePass<kForm, N, kOutput> pass(problem.family, state.anchor, 1.0);
-      for_samples<1, kOutput != Output::none, 2, N>({row.h, row.weights}, row.out, problem.n, team, pass);
-      sums = row_sums(team, pass);
-    };
-    if (kOutput != Output::none && base_underflows<kForm, C>(problem.family, state.anchor)) {
-      if constexpr (kOutput != Output::none && kHoldsBase<kForm, C>) write_in(double{});
-    } else {
-      write_in(C{});
-    }
+    WritePass<kForm, N, kOutput> pass(problem.family, state.anchor, 1.0);
+    for_samples<1, kOutput != Output::none, 2, N>({row.h, row.weights}, row.out, problem.n, team, pass);
+    const RowSums sums = row_sums(team, pass);
     if (team.rank != 0) return;
     double* partial = work.partial(1, team.row, team.part);
     partial[0] = sums.ratio;

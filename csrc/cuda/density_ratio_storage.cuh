@@ -53,17 +53,24 @@ void DensityRatioLaunches<T>::run(const RowProblem& problem, RatioStats* stats, 
     if constexpr (kForm != Form::exponential) {
       launch_search<kForm, T>(problem, shape, work, stream);
     }
+    using C = Compute<kForm, T>;
     const auto write = [&](auto kernel) {
       launch(op, kernel, shape.blocks, shape.threads, stream, problem, shape.layout, work, stats);
     };
-    switch (problem.output) {
-      case Output::log_ratio: write(write_kernel<kForm, T, Output::log_ratio>); break;
-      case Output::ratio: write(write_kernel<kForm, T, Output::ratio>); break;
-      default:
-        if constexpr (kForm != Form::exponential) write(write_kernel<kForm, T, Output::none>);
+    const bool ratio = problem.output == Output::ratio;
+    if (problem.output != Output::none) {
+      write(ratio ? write_kernel<kForm, T, Output::ratio, C> : write_kernel<kForm, T, Output::log_ratio, C>);
+      if constexpr (kHoldsBase<kForm, C>) {
+        if (problem.weights) {
+          write(ratio ? write_kernel<kForm, T, Output::ratio, double>
+                      : write_kernel<kForm, T, Output::log_ratio, double>);
+        }
+      }
+    } else if constexpr (kForm != Form::exponential) {
+      write(write_kernel<kForm, T, Output::none, C>);
     }
     if (kForm != Form::exponential || bound.values) {
-      SearchLaunches<Compute<kForm, T>>::finish(problem, work, stats, bound, stream);
+      SearchLaunches<C>::finish(problem, work, stats, bound, stream);
     }
   });
 }

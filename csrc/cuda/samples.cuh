@@ -43,6 +43,7 @@ __device__ __forceinline__ Team my_team(const Layout& layout) {
   return team;
 }
 
+// The base of every op: nothing to inspect, nothing to flush.
 struct Pass {
   template <class C>
   __device__ __forceinline__ void inspect(const C*) {}

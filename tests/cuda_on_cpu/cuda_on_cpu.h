@@ -22,6 +22,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+// Loads and stores of a pack, with the default caching.
+inline uint4 __ldca(const uint4* p) { return *p; }
+inline void __stwb(uint4* p, const uint4& value) { *p = value; }
+
 namespace cuda_on_cpu {
 
 struct Index {
