@@ -1,6 +1,6 @@
 """The demo's held-out measures, recorded with machine and commit for the README.
 
-    python benchmarks/bench_demo.py --out benchmarks/results/demo_digits.json
+python benchmarks/bench_demo.py --out benchmarks/results/demo_digits.json
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ def reraise(function: str, error: RuntimeError) -> None:
 def check_floating(function: str, argument: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: {argument} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{function}: {argument} must be float64, float32, float16 or bfloat16, got {value.dtype}")
     if value.numel() == 0:
@@ -198,6 +200,8 @@ def density_ratio(
     if dim is None:
         rows = h if h.dim() == 1 else h.reshape(-1)
     else:
+        if not isinstance(dim, int):
+            raise TypeError(f"density_ratio: dim must be an integer or None, got {type(dim).__name__}")
         if not -h.dim() <= dim < h.dim():
             raise ValueError(f"density_ratio: dim must be in [{-h.dim()}, {h.dim() - 1}], got {dim}")
         rows = h.movedim(dim, -1)
@@ -241,6 +245,8 @@ def density_ratio(
 def _weights_like(weights: Tensor, h: Tensor, rows: Tensor, dim: int | None) -> Tensor:
     if not isinstance(weights, Tensor):
         raise TypeError(f"density_ratio: base_weights must be a torch.Tensor, got {type(weights).__name__}")
+    if weights.is_complex():
+        raise TypeError(f"density_ratio: base_weights must be real, got {weights.dtype}")
     if weights.device != h.device:
         raise ValueError(f"density_ratio: base_weights is on {weights.device}, h is on {h.device}")
     if weights.shape == h.shape:
@@ -279,7 +285,13 @@ def _write_into(out, h, rows, dim, base_weights, shift, code, alpha, is_ratio, c
     target = out.reshape(-1) if dim is None and out.is_contiguous() else out
     target = target if dim is None else out.movedim(dim, -1)
     arguments = (base_weights, shift, code, alpha, is_ratio, check)
-    if target.is_contiguous() and target.dim() == rows.dim():
+    # A view of the input that starts elsewhere would be read after it is written.
+    shifted = (
+        not torch.compiler.is_compiling()
+        and rows.data_ptr() != target.data_ptr()
+        and rows.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+    )
+    if target.is_contiguous() and target.dim() == rows.dim() and not shifted:
         stats = ops.density_ratio_out.default(rows, *arguments, out=target)
         return target, stats
     values, stats = _OP(rows, *arguments)

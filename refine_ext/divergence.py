@@ -26,8 +26,12 @@ def divergences() -> tuple[str, ...]:
 
 def parse_divergence(function: str, name: str, kind: str = "variational") -> tuple[int, float]:
     """Code and alpha of a divergence name; kind "logit" gives the code of a plain log-ratio."""
-    # torch.compile warns of every cache it looks through.
-    return (_parse if torch.compiler.is_compiling() else _parse_once)(function, name, kind)
+    if torch.compiler.is_compiling():  # it warns of every cache it looks through
+        return _parse(function, name, kind)
+    try:
+        return _parse_once(function, name, kind)
+    except TypeError:  # not hashable, and so not a string
+        return _parse(function, name, kind)
 
 
 def _parse(function: str, name: str, kind: str) -> tuple[int, float]:

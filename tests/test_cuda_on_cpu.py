@@ -30,9 +30,7 @@ from reference import (
     solve,
 )
 
-pytestmark = pytest.mark.skipif(
-    emulator.COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux"
-)
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
 
 CODES = {name: code for code, name in enumerate((*NAMED, "alpha", "logit"))}
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -124,7 +122,9 @@ def test_log_ratio(emulated, name, storage):
             check_row(name, storage, h[row], answer.out[row], answer.stats[row])
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 31, 32, 63, 127, 128, 129, 255, 256, 1024, 4096, 4097, 16384, 16385])
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 4, 7, 8, 9, 31, 32, 63, 127, 128, 129, 255, 256, 1024, 4096, 4097, 16384, 16385]
+)
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 def test_every_element_is_written_once(emulated, n, storage):
     for misaligned in (0, 1, 3):

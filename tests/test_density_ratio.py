@@ -38,7 +38,8 @@ def log_ratio_bound(name: str, h: np.ndarray, want: np.ndarray, w, dtype: torch.
     """
     compute = EPS[dtype] if dtype == torch.float64 else EPS[torch.float32]
     c = score_factor(name, want)
-    mean_slope = np.average(np.where(want > -np.inf, np.exp(want) * c, 0), weights=w)
+    with np.errstate(invalid="ignore"):
+        mean_slope = np.average(np.where(want > -np.inf, np.exp(want) * c, 0), weights=w)
     # A float64 distance between numbers of size |h| is off by their rounding only if they are not exact themselves.
     spread = h[np.isfinite(h)].max() - np.where(np.isfinite(h), h, h[np.isfinite(h)].max())
     with np.errstate(invalid="ignore"):

@@ -1,90 +1,10 @@
-// Range kernels of the density-ratio family, compiled once per instruction set. They hold the loops; the formulas are
-// in csrc/math, and what to run in which order is in density_ratio.cpp.
-#include "density_ratio.h"
-#include "simd.h"
+// The two passes over a group's outputs, compiled once per instruction set: extremes and sums of
+// exponentials, then ratios at an anchor. They hold the loops; the formulas are in csrc/math, and what to run
+// in which order in density_ratio.cpp.
+#include "density_ratio_dispatch.h"
 
 namespace refine_ext::REFINE_EXT_ISA {
 namespace {
-
-template <class T>
-struct Pointers {
-  const T* h;
-  const T* weights;
-  T* out;
-};
-
-// S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many at once.
-template <class S, class T>
-REFINE_EXT_INLINE Vec<S> load_as(const T* p) {
-  if constexpr (sizeof(S) == sizeof(typename ComputeOf<T>::type)) {
-    return load(p);
-  } else {
-    constexpr int kWidth = Vec<double>::kWidth;
-    float lanes[2 * kWidth];
-    if constexpr (sizeof(T) == 4) {
-      std::memcpy(lanes, p, kWidth * sizeof(float));
-    } else {
-      T padded[2 * kWidth] = {};
-      std::memcpy(padded, p, kWidth * sizeof(T));
-      load(padded).store(lanes);
-    }
-    Vec<double> wide;
-    for (int lane = 0; lane < kWidth; ++lane) wide.v[lane] = lanes[lane];
-    return wide;
-  }
-}
-
-template <class S, class T>
-REFINE_EXT_INLINE void store_as(T* p, Vec<S> x) {
-  if constexpr (sizeof(S) == sizeof(typename ComputeOf<T>::type)) {
-    store(p, x);
-  } else {
-    constexpr int kWidth = Vec<double>::kWidth;
-    float lanes[2 * kWidth] = {};
-    for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = static_cast<float>(x.v[lane]);
-    if constexpr (sizeof(T) == 4) {
-      std::memcpy(p, lanes, kWidth * sizeof(float));
-    } else {
-      T padded[2 * kWidth];
-      store(padded, Vec<float>::load(lanes));
-      std::memcpy(p, padded, kWidth * sizeof(T));
-    }
-  }
-}
-
-template <class T>
-T encode(float value) {
-  T padded[Vec<float>::kWidth];
-  store(padded, Vec<float>::splat(value));
-  return padded[0];
-}
-template <>
-float encode<float>(float value) {
-  return value;
-}
-template <>
-double encode<double>(float value) {
-  return value;
-}
-
-template <class S>
-REFINE_EXT_INLINE VecMask<S> first_lanes(int64_t count) {
-  VecMask<S> mask;
-  for (int lane = 0; lane < Vec<S>::kWidth; ++lane) mask.bits[lane] = lane < count ? -1 : 0;
-  return mask;
-}
-
-// Calls step(offset, u) on whole vectors, kUnroll at a time with u = 0, 1, ..., and tail(offset, count) on the rest.
-template <int kWidth, int kUnroll, class Step, class Tail>
-REFINE_EXT_INLINE void for_vectors(int64_t begin, int64_t end, Step&& step, Tail&& tail) {
-  int64_t i = begin;
-  for (; i + kUnroll * kWidth <= end; i += kUnroll * kWidth) {
-#pragma GCC unroll 8
-    for (int u = 0; u < kUnroll; ++u) step(i + u * kWidth, u);
-  }
-  for (; i + kWidth <= end; i += kWidth) step(i, 0);
-  if (i < end) tail(i, end - i);
-}
 
 // ---- first pass
 
@@ -99,8 +19,8 @@ REFINE_EXT_INLINE V invalid_weight(V w) {
   return A::select(w < A::splat(0.0), A::splat(std::numeric_limits<double>::quiet_NaN()), w - w);
 }
 
-// Loads vectors of h and weights at each offset of a block and hands them to step(x, w, offset, u); the last, partial
-// vector is padded with samples of ratio and weight zero.
+// Loads vectors of h and weights at each offset of a block and hands them to step(x, w, offset, u); the last,
+// partial vector is padded with samples of ratio and weight zero.
 template <class S, class T, bool kWeighted, int kUnroll, class Step>
 REFINE_EXT_INLINE void for_samples(const T* h, const T* weights, int64_t begin, int64_t end, Step&& step) {
   using V = Vec<S>;
@@ -131,16 +51,17 @@ ScanSums scan_range(const RangeArguments& arguments) {
     const int64_t end = block + kBlock < arguments.end ? block + kBlock : arguments.end;
     V best[kUnroll], mass[kUnroll];
     for (int u = 0; u < kUnroll; ++u) best[u] = lowest, mass[u] = zero;
-    for_samples<S, T, kWeighted, kUnroll>(static_cast<const T*>(arguments.h), static_cast<const T*>(arguments.weights),
-                                       block, end, [&](V x, V w, int64_t, int u) {
-                                         invalid = invalid + invalid_output(x, lowest);
-                                         if constexpr (kWeighted) {
-                                           invalid = invalid + invalid_weight(w);
-                                           x = select(w > zero, x, lowest);
-                                           mass[u] = mass[u] + w;
-                                         }
-                                         best[u] = max_or_second(x, best[u]);
-                                       });
+    for_samples<S, T, kWeighted, kUnroll>(static_cast<const T*>(arguments.h),
+                                          static_cast<const T*>(arguments.weights), block, end,
+                                          [&](V x, V w, int64_t, int u) {
+                                            invalid = invalid + invalid_output(x, lowest);
+                                            if constexpr (kWeighted) {
+                                              invalid = invalid + invalid_weight(w);
+                                              x = select(w > zero, x, lowest);
+                                              mass[u] = mass[u] + w;
+                                            }
+                                            best[u] = max_or_second(x, best[u]);
+                                          });
     const double maximum =
         horizontal_max(max_or_second(max_or_second(best[0], best[1]), max_or_second(best[2], best[3])));
     if (arguments.block_maxima) arguments.block_maxima[(block - arguments.begin) / kBlock] = maximum;
@@ -152,8 +73,8 @@ ScanSums scan_range(const RangeArguments& arguments) {
   return sums;
 }
 
-// Sums of w e^{h - reference} in one read: the reference is a maximum of what came before, and a block that exceeds it
-// by so much that float32 squares could overflow is summed again from its own maximum.
+// Sums of w e^{h - reference} in one read: the reference is a maximum of what came before, and a block that
+// exceeds it by so much that float32 squares could overflow is summed again from its own maximum.
 template <class T, bool kWeighted>
 ScanSums scan_exponential_range(const RangeArguments& arguments) {
   // The square of a weighted ratio leaves float32 as soon as the weights spread over 19 decades.
@@ -339,164 +260,6 @@ RatioSums ratio_range(const RangeArguments& arguments, const Family& family, con
   return sums;
 }
 
-// ---- gradient of log r with respect to h
-
-template <Form kForm, class V>
-REFINE_EXT_INLINE V factor_at(Family family, V log_ratio) {
-  family.form = kForm;  // lets the switch in score_factor fold
-  using A = Arithmetic<V>;
-  const V factor = score_factor(family, log_ratio);
-  // Where the ratio is clipped to zero it does not move: c = 0, not k 0^c.
-  if (family.c < 0.0) {
-    return A::select(log_ratio == A::splat(-HUGE_VAL), A::splat(0.0), factor);
-  }
-  return factor;
-}
-
-template <class T, class Body>
-REFINE_EXT_INLINE void for_elements(int64_t begin, int64_t end, const T* const* inputs, int count, T* out, Body&& body) {
-  using V = Vec<typename ComputeOf<T>::type>;
-  constexpr int kWidth = V::kWidth;
-  for_vectors<kWidth, 1>(
-      begin, end,
-      [&](int64_t i, int) {
-        V x[3];
-        for (int k = 0; k < count; ++k) x[k] = load(inputs[k] + i);
-        const V value = body(x, kWidth);
-        if (out) store(out + i, value);
-      },
-      [&](int64_t i, int64_t rest) {
-        V x[3];
-        T lanes[kWidth];
-        for (int k = 0; k < count; ++k) {
-          for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = inputs[k][i + (lane < rest ? lane : rest - 1)];
-          x[k] = load(lanes);
-        }
-        const V value = body(x, rest);
-        if (out) {
-          store(lanes, value);
-          for (int64_t lane = 0; lane < rest; ++lane) out[i + lane] = lanes[lane];
-        }
-      });
-}
-
-template <Form kForm, class T>
-void backward_sums_range(const T* grad, const T* log_ratio, const T* weights, int64_t begin, int64_t end,
-                         const Family& family, double sums[2]) {
-  using S = typename ComputeOf<T>::type;
-  using V = Vec<S>;
-  using A = Arithmetic<V>;
-  const T* inputs[3] = {grad, log_ratio, weights};
-  const V zero = A::splat(0.0);
-  sums[0] = sums[1] = 0.0;
-  for (int64_t block = begin; block < end; block += kBlock) {
-    V through = zero, slope = zero;
-    for_elements<T>(block, block + kBlock < end ? block + kBlock : end, inputs, weights ? 3 : 2,
-                    static_cast<T*>(nullptr), [&](const V* x, int64_t count) {
-                      const V c = factor_at<kForm>(family, x[1]);
-                      V share = A::exp(x[1]);
-                      share = A::select(share == zero, zero, share * c);
-                      if (weights) share = A::select(x[2] > zero, share * x[2], zero);
-                      const VecMask<S> inside = first_lanes<S>(count);
-                      // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither does one of
-                      // weight zero outside the domain, whose log r is NaN, unless it is asked for.
-                      const V moved = A::select(x[0] == zero, zero, A::select(c == zero, zero, c * x[0]));
-                      through = through + A::select(inside, moved, zero);
-                      slope = slope + A::select(inside, share, zero);
-                      return zero;
-                    });
-    sums[0] += horizontal_sum(through);
-    sums[1] += horizontal_sum(slope);
-  }
-}
-
-template <Form kForm, class T>
-void backward_range(const T* grad, const T* log_ratio, const T* weights, T* out, int64_t begin, int64_t end,
-                    const Family& family, double through_ratio) {
-  using V = Vec<typename ComputeOf<T>::type>;
-  using A = Arithmetic<V>;
-  const T* inputs[3] = {grad, log_ratio, weights};
-  const V scale = A::splat(through_ratio), zero = A::splat(0.0);
-  for_elements<T>(begin, end, inputs, weights ? 3 : 2, out, [&](const V* x, int64_t) {
-    const V c = factor_at<kForm>(family, x[1]);
-    V share = A::exp(x[1]) * scale;
-    if (weights) share = A::select(x[2] > zero, share * x[2], zero);
-    const V total = x[0] + share;
-    return A::select(total == zero, zero, A::select(c == zero, zero, c * total));
-  });
-}
-
-// ---- f'(e^x) of logits
-
-template <Form kForm, class T>
-void dual_output_range(const T* x, T* out, int64_t begin, int64_t end, Family family) {
-  using V = Vec<typename ComputeOf<T>::type>;
-  family.form = kForm;
-  const T* inputs[3] = {x, nullptr, nullptr};
-  for_elements<T>(begin, end, inputs, 1, out, [&](const V* v, int64_t) { return dual_output(family, v[0]); });
-}
-
-template <Form kForm, class T>
-void dual_slope_range(const T* x, const T* grad, double scale, T* out, int64_t begin, int64_t end, Family family,
-                      bool conjugated) {
-  using V = Vec<typename ComputeOf<T>::type>;
-  family.form = kForm;
-  const T* inputs[3] = {x, grad, nullptr};
-  const V factor = Arithmetic<V>::splat(scale);
-  for_elements<T>(begin, end, inputs, grad ? 2 : 1, out, [&](const V* v, int64_t) {
-    const V slope = conjugated ? conjugate_slope(family, v[0]) : dual_slope(family, v[0]);
-    return (grad ? v[1] * factor : factor) * slope;
-  });
-}
-
-template <Form kForm, class T>
-double dual_sum_range(const T* x, int64_t begin, int64_t end, Family family, bool conjugated) {
-  using S = typename ComputeOf<T>::type;
-  using V = Vec<S>;
-  using A = Arithmetic<V>;
-  family.form = kForm;
-  const T* inputs[3] = {x, nullptr, nullptr};
-  // In float64: outputs may share an offset, which the mean of f* takes off again.
-  WideSum<S> total;
-  for_elements<T>(begin, end, inputs, 1, static_cast<T*>(nullptr), [&](const V* v, int64_t count) {
-    const V value = conjugated ? conjugate(family, v[0]) : dual_output(family, v[0]);
-    total.add(A::select(first_lanes<S>(count), value, A::splat(0.0)));
-    return value;
-  });
-  return total.total();
-}
-
-// ---- dispatch
-
-template <class F>
-auto with_storage(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::float64: return f(double{});
-    case Storage::float16: return f(Half{});
-    case Storage::bfloat16: return f(BFloat16{});
-    default: return f(float{});
-  }
-}
-
-template <Form kForm>
-struct FormTag {
-  static constexpr Form value = kForm;
-};
-
-template <class F>
-auto with_form(Form form, F&& f) {
-  switch (form) {
-    case Form::exponential: return f(FormTag<Form::exponential>{});
-    case Form::reciprocal: return f(FormTag<Form::reciprocal>{});
-    case Form::inverse_square: return f(FormTag<Form::inverse_square>{});
-    case Form::inverse_sqrt: return f(FormTag<Form::inverse_sqrt>{});
-    case Form::linear: return f(FormTag<Form::linear>{});
-    case Form::logistic: return f(FormTag<Form::logistic>{});
-    case Form::lambert: return f(FormTag<Form::lambert>{});
-    default: return f(FormTag<Form::power>{});
-  }
-}
-
 ScanSums scan(Storage storage, const RangeArguments& arguments, bool exponential) {
   return with_storage(storage, [&](auto tag) {
     using T = decltype(tag);
@@ -512,9 +275,12 @@ RatioSums pass_of(const RangeArguments& arguments, const Family& family, const A
                   bool conjugated) {
   if (conjugated) return ratio_range<kForm, T, kWeighted, Output::none, true>(arguments, family, anchor);
   switch (output) {
-    case Output::log_ratio: return ratio_range<kForm, T, kWeighted, Output::log_ratio, false>(arguments, family, anchor);
-    case Output::ratio: return ratio_range<kForm, T, kWeighted, Output::ratio, false>(arguments, family, anchor);
-    default: return ratio_range<kForm, T, kWeighted, Output::none, false>(arguments, family, anchor);
+    case Output::log_ratio:
+      return ratio_range<kForm, T, kWeighted, Output::log_ratio, false>(arguments, family, anchor);
+    case Output::ratio:
+      return ratio_range<kForm, T, kWeighted, Output::ratio, false>(arguments, family, anchor);
+    default:
+      return ratio_range<kForm, T, kWeighted, Output::none, false>(arguments, family, anchor);
   }
 }
 
@@ -530,64 +296,9 @@ RatioSums pass(Storage storage, const RangeArguments& arguments, const Family& f
   });
 }
 
-void backward_sums(Storage storage, const void* grad, const void* log_ratio, const void* weights, int64_t begin,
-                   int64_t end, const Family& family, double sums[2]) {
-  with_form(family.form, [&](auto form) {
-    with_storage(storage, [&](auto tag) {
-      using T = decltype(tag);
-      backward_sums_range<decltype(form)::value>(static_cast<const T*>(grad), static_cast<const T*>(log_ratio),
-                                                 static_cast<const T*>(weights), begin, end, family, sums);
-    });
-  });
-}
-
-void backward(Storage storage, const void* grad, const void* log_ratio, const void* weights, void* out, int64_t begin,
-              int64_t end, const Family& family, double through_ratio) {
-  with_form(family.form, [&](auto form) {
-    with_storage(storage, [&](auto tag) {
-      using T = decltype(tag);
-      backward_range<decltype(form)::value>(static_cast<const T*>(grad), static_cast<const T*>(log_ratio),
-                                            static_cast<const T*>(weights), static_cast<T*>(out), begin, end, family,
-                                            through_ratio);
-    });
-  });
-}
-
-void dual_output_pass(Storage storage, const void* x, void* out, int64_t begin, int64_t end, const Family& family) {
-  with_form(family.form, [&](auto form) {
-    with_storage(storage, [&](auto tag) {
-      using T = decltype(tag);
-      dual_output_range<decltype(form)::value>(static_cast<const T*>(x), static_cast<T*>(out), begin, end, family);
-    });
-  });
-}
-
-void dual_slope_pass(Storage storage, const void* x, const void* grad, double scale, void* out, int64_t begin,
-                     int64_t end, const Family& family, bool conjugated) {
-  with_form(family.form, [&](auto form) {
-    with_storage(storage, [&](auto tag) {
-      using T = decltype(tag);
-      dual_slope_range<decltype(form)::value>(static_cast<const T*>(x), static_cast<const T*>(grad), scale,
-                                              static_cast<T*>(out), begin, end, family, conjugated);
-    });
-  });
-}
-
-double dual_sum(Storage storage, const void* x, int64_t begin, int64_t end, const Family& family, bool conjugated) {
-  return with_form(family.form, [&](auto form) {
-    return with_storage(storage, [&](auto tag) {
-      using T = decltype(tag);
-      return dual_sum_range<decltype(form)::value>(static_cast<const T*>(x), begin, end, family, conjugated);
-    });
-  });
-}
-
 }  // namespace
 
 extern const DensityRatioKernels density_ratio_kernels;
-const DensityRatioKernels density_ratio_kernels = {scan,     pass,
-                                                     backward_sums,    backward,
-                                                     dual_output_pass, dual_slope_pass,
-                                                     dual_sum};
+const DensityRatioKernels density_ratio_kernels = {scan, pass};
 
 }  // namespace refine_ext::REFINE_EXT_ISA

@@ -36,9 +36,12 @@ Simd simd_level() {
 
 const char* simd_name(Simd level) {
   switch (level) {
-    case Simd::avx512: return "avx512";
-    case Simd::avx2: return "avx2";
-    default: return "baseline";
+    case Simd::avx512:
+      return "avx512";
+    case Simd::avx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 

@@ -6,7 +6,8 @@
 namespace refine_ext {
 
 // Calls body(begin, end, context) on disjoint ranges that cover [begin, end), each at least `grain` long.
-void parallel_for_c(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+void parallel_for_c(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                    void* context);
 
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {

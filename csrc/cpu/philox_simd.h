@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "../math/philox.h"
-#include "simd.h"
+#include "simd_storage.h"
 
 namespace refine_ext::REFINE_EXT_ISA {
 

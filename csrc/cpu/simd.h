@@ -1,8 +1,8 @@
 // SIMD vectors of float and double on GCC/Clang vector extensions, and exp, expm1, log, log1p, sqrt on them.
 //
-// A file that includes this is compiled once per instruction set with its own -march and -DREFINE_EXT_ISA=name.
-// Everything lives in a namespace of that name and is always inlined, so that no function compiled for AVX-512 can be
-// picked by the linker for a machine without it.
+// A file that includes this is compiled once per instruction set with its own -march and
+// -DREFINE_EXT_ISA=name. Everything lives in a namespace of that name and is always inlined, so that no
+// function compiled for AVX-512 can be picked by the linker for a machine without it.
 #pragma once
 
 #include <cstdint>
@@ -27,13 +27,6 @@ inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;
 #endif
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 template <class S>
 struct IntegerOf;
@@ -61,7 +54,8 @@ struct Vec {
   static REFINE_EXT_INLINE Vec load(const S* p) { return {*reinterpret_cast<const Unaligned*>(p)}; }
   REFINE_EXT_INLINE void store(S* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
 
-  // Non-temporal, for outputs larger than the caches; p is aligned to kVectorBytes. Needs stream_fence() at the end.
+  // Non-temporal, for outputs larger than the caches; p is aligned to kVectorBytes. Needs stream_fence() at
+  // the end.
   REFINE_EXT_INLINE void stream(S* p) const {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
@@ -84,10 +78,10 @@ struct VecMask {
   typename Vec<S>::Bits bits;
 };
 
-#define REFINE_EXT_OPERATOR(op)                                       \
-  template <class S>                                                  \
-  REFINE_EXT_INLINE Vec<S> operator op(Vec<S> a, Vec<S> b) {          \
-    return {a.v op b.v};                                              \
+#define REFINE_EXT_OPERATOR(op)                              \
+  template <class S>                                         \
+  REFINE_EXT_INLINE Vec<S> operator op(Vec<S> a, Vec<S> b) { \
+    return {a.v op b.v};                                     \
   }
 REFINE_EXT_OPERATOR(+)
 REFINE_EXT_OPERATOR(-)
@@ -95,10 +89,10 @@ REFINE_EXT_OPERATOR(*)
 REFINE_EXT_OPERATOR(/)
 #undef REFINE_EXT_OPERATOR
 
-#define REFINE_EXT_COMPARISON(op)                                     \
-  template <class S>                                                  \
-  REFINE_EXT_INLINE VecMask<S> operator op(Vec<S> a, Vec<S> b) {      \
-    return {a.v op b.v};                                              \
+#define REFINE_EXT_COMPARISON(op)                                \
+  template <class S>                                             \
+  REFINE_EXT_INLINE VecMask<S> operator op(Vec<S> a, Vec<S> b) { \
+    return {a.v op b.v};                                         \
   }
 REFINE_EXT_COMPARISON(<)
 REFINE_EXT_COMPARISON(>)
@@ -111,8 +105,9 @@ REFINE_EXT_INLINE Vec<S> select(VecMask<S> mask, Vec<S> yes, Vec<S> no) {
   return {mask.bits ? yes.v : no.v};
 }
 
-// max(a, b) that returns b where either is NaN: a running maximum of b = so far skips NaN in a, and clamping x = b to a
-// bound a lets NaN through. One instruction, which the compiler does not make of a comparison and a blend.
+// max(a, b) that returns b where either is NaN: a running maximum of b = so far skips NaN in a, and clamping
+// x = b to a bound a lets NaN through. One instruction, which the compiler does not make of a comparison and
+// a blend.
 template <class S>
 REFINE_EXT_INLINE Vec<S> max_or_second(Vec<S> a, Vec<S> b) {
 #if defined(__AVX512F__)
@@ -158,8 +153,8 @@ REFINE_EXT_INLINE double horizontal_sum(Vec<S> a) {
   return sum;
 }
 
-// Sums in float64. A sum of ratios is dominated by a few of them, and a float32 accumulator that holds a large one
-// loses half a unit of its last place with every later addition.
+// Sums in float64. A sum of ratios is dominated by a few of them, and a float32 accumulator that holds a
+// large one loses half a unit of its last place with every later addition.
 template <class S>
 struct WideSum {
   Vec<double> low = Vec<double>::splat(0.0), high = Vec<double>::splat(0.0);
@@ -201,8 +196,8 @@ struct Tables;
 template <>
 struct Tables<float> {
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kExpTail[] = {0.5f, 0.166665770246102859f, 0.041666554660816678f, 0.00836317323900937241f,
-                                       0.00139261763254180529f};
+  static constexpr float kExpTail[] = {0.5f, 0.166665770246102859f, 0.041666554660816678f,
+                                       0.00836317323900937241f, 0.00139261763254180529f};
   static constexpr float kLogTail[] = {0.666666850413835306f, 0.399887798261498202f, 0.295799829716420768f};
   // ln 2 in two parts, the first with enough trailing zeros that n * high is exact for every exponent n.
   static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
@@ -213,9 +208,16 @@ struct Tables<float> {
 template <>
 struct Tables<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kExpTail[] = {0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332614073,
-                                        0.00138888888888837523, 0.000198412698748010459, 0.0000248015873255337593,
-                                        2.75572554250437468e-6, 2.7557273660846841e-7, 2.51052066664718393e-8,
+  static constexpr double kExpTail[] = {0.5,
+                                        0.16666666666666671,
+                                        0.0416666666666666698,
+                                        0.00833333333332614073,
+                                        0.00138888888888837523,
+                                        0.000198412698748010459,
+                                        0.0000248015873255337593,
+                                        2.75572554250437468e-6,
+                                        2.7557273660846841e-7,
+                                        2.51052066664718393e-8,
                                         2.09146795854708306e-9};
   static constexpr double kLogTail[] = {0.666666666666666969, 0.399999999998994846, 0.285714286259844848,
                                         0.222222111333259714, 0.181828892322975639, 0.15331718042755715,
@@ -368,80 +370,6 @@ REFINE_EXT_INLINE Vec<S> vector_sqrt(Vec<S> x) {
   return root;
 #endif
 }
-
-// ---- loads and stores of the storage types, in their compute type
-
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-
-REFINE_EXT_INLINE Vec<float> load(const float* p) { return Vec<float>::load(p); }
-REFINE_EXT_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p); }
-
-typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint16_t UnalignedWords __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
-
-REFINE_EXT_INLINE Vec<float> load(const BFloat16* p) {
-  const Unsigned wide = __builtin_convertvector(*reinterpret_cast<const UnalignedWords*>(p), Unsigned);
-  return {(Vec<float>::Native)(wide << 16)};
-}
-
-// Round to nearest even; NaN keeps a set mantissa bit.
-REFINE_EXT_INLINE void store(BFloat16* p, Vec<float> x) {
-  const Unsigned bits = (Unsigned)x.v;
-  const Unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Unsigned quiet = (bits >> 16) | 0x40u;
-  const Unsigned chosen = (x != x).bits ? quiet : rounded;
-  *reinterpret_cast<UnalignedWords*>(p) = __builtin_convertvector(chosen, Words);
-}
-
-REFINE_EXT_INLINE Vec<float> load(const Half* p) {
-#if defined(__AVX512F__)
-  return {(Vec<float>::Native)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-#elif defined(__F16C__)
-  return {(Vec<float>::Native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-#else
-  // Exponent and mantissa moved into float's fields read as the value times 2^-112; subnormals come out right too.
-  const Unsigned wide = __builtin_convertvector(*reinterpret_cast<const UnalignedWords*>(p), Unsigned);
-  const Unsigned magnitude = (wide & 0x7fffu) << 13;
-  const Vec<float> value = Vec<float>{(Vec<float>::Native)magnitude} * Vec<float>::splat(0x1p112f);
-  const Unsigned special = magnitude >= (0x7c00u << 13) ? ((Unsigned)value.v | 0x7f800000u) : (Unsigned)value.v;
-  return {(Vec<float>::Native)(special | ((wide & 0x8000u) << 16))};
-#endif
-}
-
-REFINE_EXT_INLINE void store(Half* p, Vec<float> x) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x.v, 0));
-#elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x.v, 0));
-#else
-  // Adding a power of two 13 bits above the value's own rounds the float to half's precision, subnormals included.
-  const Unsigned bits = (Unsigned)x.v;
-  const Unsigned sign = (bits >> 16) & 0x8000u;
-  const Unsigned magnitude = bits & 0x7fffffffu;
-  const Unsigned floor = Unsigned{} + 0x38800000u;  // 2^-14, the smallest normal half
-  const Unsigned exponent = (magnitude > floor ? magnitude : floor) & 0x7f800000u;
-  const Vec<float> magic{(Vec<float>::Native)(exponent + (13u << 23))};
-  const Vec<float> sum = Vec<float>{(Vec<float>::Native)magnitude} + magic;
-  // The low mantissa bits of the sum count units of half's last place; carry into the next exponent comes for free.
-  const Unsigned units = (Unsigned)sum.v - (Unsigned)magic.v;
-  const Unsigned encoded = (((exponent >> 23) - 113u) << 10) + units;
-  Unsigned result = encoded;
-  result = magnitude >= 0x477ff000u ? Unsigned{} + 0x7c00u : result;
-  result = magnitude > 0x7f800000u ? Unsigned{} + 0x7e00u : result;
-  *reinterpret_cast<UnalignedWords*>(p) = __builtin_convertvector(result | sign, Words);
-#endif
-}
-
-REFINE_EXT_INLINE void store(float* p, Vec<float> x) { x.store(p); }
-REFINE_EXT_INLINE void store(double* p, Vec<double> x) { x.store(p); }
 
 }  // namespace refine_ext::REFINE_EXT_ISA
 

@@ -1,5 +1,6 @@
-// What a formula may ask of its arithmetic type. The formulas of csrc/math are templates over V, and V is a double
-// or float on the host, a CUDA thread's float or double, or a SIMD vector (csrc/cpu/simd.h specialises Arithmetic).
+// What a formula may ask of its arithmetic type. The formulas of csrc/math are templates over V, and V is a
+// double or float on the host, a CUDA thread's float or double, or a SIMD vector (csrc/cpu/simd.h specialises
+// Arithmetic).
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,8 @@
 #if defined(__CUDACC__)
 #define REFINE_EXT_INLINE __host__ __device__ __forceinline__
 #else
-// always_inline: the same template is compiled for several instruction sets, and no out-of-line copy may be shared.
+// always_inline: the same template is compiled for several instruction sets, and no out-of-line copy may be
+// shared.
 #define REFINE_EXT_INLINE inline __attribute__((always_inline))
 #endif
 

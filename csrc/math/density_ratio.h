@@ -1,18 +1,19 @@
 // Density ratios from discriminator outputs, written around an anchor.
 //
-// The normalised ratio is r = (f*)'(h - nu) with nu the root of E_Q[(f*)'(h - nu)] = 1. Evaluated as written it loses
-// everything near the edge of f*'s domain, where the largest ratios live: h - nu is a difference of large numbers and
-// the result its reciprocal. Instead take the anchor a = max h, d = a - h >= 0 and L = log r(a) as the unknown:
+// The normalised ratio is r = (f*)'(h - nu) with nu the root of E_Q[(f*)'(h - nu)] = 1. Evaluated as written
+// it loses everything near the edge of f*'s domain, where the largest ratios live: h - nu is a difference of
+// large numbers and the result its reciprocal. Instead take the anchor a = max h, d = a - h >= 0 and L = log
+// r(a) as the unknown:
 //
 //   exponential  log r = L - d
-//   power        r = (g + c k d)^(-1/c),     g = e^{-c L};  equivalently  log r = L - log1p(c k d e^{c L}) / c
-//   logistic     r = q / ((1 - q) + g),      q = e^{-d},  g = e^{-L}
-//   lambert      log r = L - y,              y + g expm1(y) = d,  g = e^{-L}
+//   power        r = (g + c k d)^(-1/c),     g = e^{-c L};  equivalently  log r = L - log1p(c k d e^{c L}) /
+//   c logistic     r = q / ((1 - q) + g),      q = e^{-d},  g = e^{-L} lambert      log r = L - y, y + g
+//   expm1(y) = d,  g = e^{-L}
 //
-// Every term is a sum of non-negative numbers (for c > 0), so the relative error is a few roundings whatever the size
-// of h, and L lies in [0, log n]: the largest of n equally weighted ratios of mean one is between 1 and n.
-// nu follows as a - f'(e^L). A given nu is the same evaluation at another anchor: the edge of the domain, where g = 0,
-// or f'(1) + nu, where L = 0.
+// Every term is a sum of non-negative numbers (for c > 0), so the relative error is a few roundings whatever
+// the size of h, and L lies in [0, log n]: the largest of n equally weighted ratios of mean one is between 1
+// and n. nu follows as a - f'(e^L). A given nu is the same evaluation at another anchor: the edge of the
+// domain, where g = 0, or f'(1) + nu, where L = 0.
 #pragma once
 
 #include "divergence.h"
@@ -21,7 +22,7 @@ namespace refine_ext {
 
 // What a kernel needs to evaluate one group's ratios; plain data in float64.
 struct Anchor {
-  double high;     // the anchor as high + low, high exact in the compute type
+  double high;  // the anchor as high + low, high exact in the compute type
   double low;
   double log_max;  // L: log r at the anchor
   double base;     // g
@@ -35,30 +36,42 @@ inline constexpr double kLargestExponent = 690.0;
 REFINE_EXT_INLINE Anchor solved_anchor(const Family& family, double maximum, double log_max) {
   Anchor anchor{maximum, 0.0, log_max, 0.0, family.c * family.k, false};
   switch (family.form) {
-    case Form::exponential: break;
+    case Form::exponential:
+      break;
     case Form::logistic:
-    case Form::lambert: anchor.base = ::exp(-log_max); break;
-    case Form::power: anchor.slope *= ::exp(family.c * log_max); break;
-    default: anchor.base = ::exp(-family.c * log_max);
+    case Form::lambert:
+      anchor.base = ::exp(-log_max);
+      break;
+    case Form::power:
+      anchor.slope *= ::exp(family.c * log_max);
+      break;
+    default:
+      anchor.base = ::exp(-family.c * log_max);
   }
   return anchor;
 }
 
-// The anchor for a given shift. C is the compute type: d = (high - h) + low keeps the digits of nu that C cannot hold.
+// The anchor for a given shift. C is the compute type: d = (high - h) + low keeps the digits of nu that C
+// cannot hold.
 template <class C>
 REFINE_EXT_INLINE Anchor fixed_anchor(const Family& family, double shift) {
   Anchor anchor{0.0, 0.0, 0.0, 0.0, family.c * family.k, false};
   double position = family.tangent + shift;
   switch (family.form) {
-    case Form::exponential: break;
+    case Form::exponential:
+      break;
     case Form::lambert:
-    case Form::linear: anchor.base = 1.0; break;
+    case Form::linear:
+      anchor.base = 1.0;
+      break;
     case Form::power:
-      // Near the edge 1 + c k d cancels; far from it log(c k u) / c loses eps / c. From c = 1/4 on the latter is small.
+      // Near the edge 1 + c k d cancels; far from it log(c k u) / c loses eps / c. From c = 1/4 on the latter
+      // is small.
       anchor.at_edge = family.c >= 0.25;
       if (anchor.at_edge) position = family.supremum + shift;
       break;
-    default: position = family.supremum + shift;
+    default:
+      position = family.supremum + shift;
   }
   anchor.high = static_cast<double>(static_cast<C>(position));
   anchor.low = position - anchor.high;
@@ -73,8 +86,9 @@ struct RatioPoint {
   V conjugate;  // f*(h - nu) without the family's offset
 };
 
-// Solves y + g expm1(y) = d for y. The left side is convex and increasing; a Halley step from a point right of the
-// root stays right of it or lands within rounding. d >= 0 unless g = 1 (a given shift), where d may be negative.
+// Solves y + g expm1(y) = d for y. The left side is convex and increasing; a Halley step from a point right
+// of the root stays right of it or lands within rounding. d >= 0 unless g = 1 (a given shift), where d may be
+// negative.
 template <class V>
 REFINE_EXT_INLINE V lambert_root(V g, V d, int steps) {
   using A = Arithmetic<V>;
@@ -94,7 +108,8 @@ REFINE_EXT_INLINE V lambert_root(V g, V d, int steps) {
   return y;
 }
 
-// Evaluates one family form on the arithmetic type V. Construct once per group, call per sample with d = anchor - h.
+// Evaluates one family form on the arithmetic type V. Construct once per group, call per sample with d =
+// anchor - h.
 template <Form kForm, class V>
 struct RatioEvaluator {
   using A = Arithmetic<V>;
@@ -164,7 +179,8 @@ struct RatioEvaluator {
       point.ratio = q * inverse;
       point.log_ratio = (zero - d) - A::log(denominator);
       point.moment = point.ratio * inverse;
-      // log(1 + r): where r is large, 1 + r = (1 + g) / denominator would cancel nothing either, but costs the same.
+      // log(1 + r): where r is large, 1 + r = (1 + g) / denominator would cancel nothing either, but costs
+      // the same.
       point.conjugate = A::log1p(point.ratio);
     } else {
       static_assert(kForm == Form::lambert);
@@ -183,15 +199,16 @@ struct RatioEvaluator {
 // One safeguarded Newton search for L: the mean ratio G increases with L from below 1 to above it.
 //
 // Newton acts on a transform that is nearly linear, exactly so when all samples are equal:
-//   power     in g on G^{-c}: g + (G^{1+c} - G) / M with M = E r^{1+c}  (G^{-c} is a concave mean of affine functions of g)
-//   logistic  the same with c = 1 and M = E r^2 / q
-//   lambert   in t = f'(e^L) on log G: t - G log G / M with M = E r^2 / (1 + r)
+//   power     in g on G^{-c}: g + (G^{1+c} - G) / M with M = E r^{1+c}  (G^{-c} is a concave mean of affine
+//   functions of g) logistic  the same with c = 1 and M = E r^2 / q lambert   in t = f'(e^L) on log G: t - G
+//   log G / M with M = E r^2 / (1 + r)
 struct ShiftSearch {
   double lower = 0.0;
   double upper;  // +inf when the weights do not bound the largest ratio
   double log_max;
 
-  // One step from the mean ratio and mean moment at log_max. False when the bracket cannot shrink any further.
+  // One step from the mean ratio and mean moment at log_max. False when the bracket cannot shrink any
+  // further.
   REFINE_EXT_INLINE bool step(const Family& family, double mean_ratio, double mean_moment) {
     if (mean_ratio > 1.0) {
       upper = log_max;

@@ -1,4 +1,5 @@
-// The density-ratio problem as plain data, and the decisions about its search that the CPU and CUDA drivers share.
+// The density-ratio problem as plain data, and the decisions about its search that the CPU and CUDA drivers
+// share.
 #pragma once
 
 #include <cstdint>
@@ -27,13 +28,13 @@ struct DensityRatioProblem {
 
 // One row of the `stats` result, in this order.
 struct RatioStats {
-  double shift;         // nu; the logit's normaliser for Divergence::logit
-  double log_sum;       // log sum w r
-  double log_square;    // log sum (w r)^2
-  double log_largest;   // log max w r
-  double log_weight;    // log sum w
-  double log_max;       // log r at the anchor
-  double anchor;        // h at the anchor, and its low part
+  double shift;        // nu; the logit's normaliser for Divergence::logit
+  double log_sum;      // log sum w r
+  double log_square;   // log sum (w r)^2
+  double log_largest;  // log max w r
+  double log_weight;   // log sum w
+  double log_max;      // log r at the anchor
+  double anchor;       // h at the anchor, and its low part
   double anchor_low;
 };
 inline constexpr int kStats = 8;
@@ -43,18 +44,21 @@ inline constexpr int kMaxSteps = 100;
 
 REFINE_EXT_INLINE int64_t size_of(Storage storage) {
   switch (storage) {
-    case Storage::float64: return 8;
-    case Storage::float32: return 4;
-    default: return 2;
+    case Storage::float64:
+      return 8;
+    case Storage::float32:
+      return 4;
+    default:
+      return 2;
   }
 }
 
-// |E r - 1| at which the search stops. Float32: a few roundings of a ratio, a third of the 1e-6 that is promised.
-// Float64: rounding errors of the sums leave 1e-13 at most.
+// |E r - 1| at which the search stops. Float32: a few roundings of a ratio, a third of the 1e-6 that is
+// promised. Float64: rounding errors of the sums leave 1e-13 at most.
 REFINE_EXT_INLINE double tolerance_of(Storage storage) { return storage == Storage::float64 ? 1e-12 : 3e-7; }
 
-// L lies in [0, log n], give or take rounding; unequal weights bound it by the exponent range only. From above, where
-// one ratio holds all the mass, Newton comes down monotonically for most forms.
+// L lies in [0, log n], give or take rounding; unequal weights bound it by the exponent range only. From
+// above, where one ratio holds all the mass, Newton comes down monotonically for most forms.
 REFINE_EXT_INLINE ShiftSearch begin_search(const Family& family, int64_t n, bool weighted) {
   const double cap = family.form == Form::power ? kLargestExponent / ::fabs(family.c) : kLargestExponent;
   const double log_n = ::log(static_cast<double>(n));

@@ -75,12 +75,23 @@ inline Tensor allocate(const int64_t* sizes, int64_t dims, ScalarType type, cons
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   int32_t dtype;
   switch (type) {
-    case ScalarType::Double: dtype = aoti_torch_dtype_float64(); break;
-    case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
-    case ScalarType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
-    case ScalarType::Long: dtype = aoti_torch_dtype_int64(); break;
-    case ScalarType::Bool: dtype = aoti_torch_dtype_bool(); break;
-    default: dtype = aoti_torch_dtype_float32();
+    case ScalarType::Double:
+      dtype = aoti_torch_dtype_float64();
+      break;
+    case ScalarType::Half:
+      dtype = aoti_torch_dtype_float16();
+      break;
+    case ScalarType::BFloat16:
+      dtype = aoti_torch_dtype_bfloat16();
+      break;
+    case ScalarType::Long:
+      dtype = aoti_torch_dtype_int64();
+      break;
+    case ScalarType::Bool:
+      dtype = aoti_torch_dtype_bool();
+      break;
+    default:
+      dtype = aoti_torch_dtype_float32();
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(

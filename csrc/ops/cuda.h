@@ -16,7 +16,8 @@ inline void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-// From torch's allocator, which keeps memory of a stream for that stream: freeing it does not wait for the launches.
+// From torch's allocator, which keeps memory of a stream for that stream: freeing it does not wait for the
+// launches.
 class Scratch {
  public:
   Scratch(int64_t bytes, const Tensor& like) {
@@ -38,8 +39,8 @@ inline DeviceGuard guard_for(const Tensor& tensor, const char* op, const char* a
 
 // The dispatcher comes here as soon as one tensor is on a CUDA device; the others must be on the same one.
 inline void same_device(const Tensor& tensor, const Tensor& like, const char* op, const char* argument) {
-  require(is_cuda(tensor) && is_cuda(like) && tensor.get_device_index() == like.get_device_index(), op, ": ", argument,
-          " must be on the same CUDA device as the other tensors");
+  require(is_cuda(tensor) && is_cuda(like) && tensor.get_device_index() == like.get_device_index(), op, ": ",
+          argument, " must be on the same CUDA device as the other tensors");
 }
 inline void same_device(const std::optional<Tensor>& tensor, const Tensor& like, const char* op,
                         const char* argument) {

@@ -24,15 +24,19 @@ void raise(const RatioReport& report, const char* op, const char* argument, int6
   const std::string where = rows > 1 ? " (group " + std::to_string(report.row) + ")" : std::string();
   switch (report.error) {
     case RatioError::invalid_input:
-      fail(op, ": ", argument, " must hold no NaN or +inf, at least one finite value, and base weights that are finite, ",
+      fail(op, ": ", argument,
+           " must hold no NaN or +inf, at least one finite value, and base weights that are finite, ",
            "non-negative and not all zero", where);
     case RatioError::outside_domain:
       if (std::string(op) == "variational_bound") {
-        fail(op, ": ", argument, " lies outside the domain of f*", where, "; tight=True and kind=\"logit\" take any values");
+        fail(op, ": ", argument, " lies outside the domain of f*", where,
+             "; tight=True and kind=\"logit\" take any values");
       }
       fail(op, ": shift puts ", argument, " outside the domain of f*", where,
            ": h - shift must stay below its supremum");
-    default: fail(op, ": the shift search did not converge", where, "; this is a bug, please report it with the input");
+    default:
+      fail(op, ": the shift search did not converge", where,
+           "; this is a bug, please report it with the input");
   }
 }
 
@@ -40,13 +44,20 @@ Tensor density_ratio_into(Inputs& inputs, const Tensor& out, bool check) {
   inputs.problem.out = out.mutable_data_ptr();
   Tensor stats = new_stats(inputs.h);
   const RatioReport report = density_ratio_cpu(inputs.problem, stats_rows(stats));
-  if (check) raise(report, "density_ratio", "h", inputs.problem.rows);
+  if (check) {
+    if (const DensityRatioProblem& problem = inputs.problem;
+        report.error == RatioError::invalid_input && problem.shift) {
+      const double shift = problem.shift[report.row * problem.shift_stride];
+      require(shift - shift == 0.0, "density_ratio: shift must be finite, got ", shift);
+    }
+    raise(report, "density_ratio", "h", inputs.problem.rows);
+  }
   return stats;
 }
 
 std::tuple<Tensor, Tensor> density_ratio(const Tensor& h, std::optional<Tensor> base_weights,
-                                         std::optional<Tensor> shift, int64_t divergence, double alpha, bool ratio,
-                                         bool check) {
+                                         std::optional<Tensor> shift, int64_t divergence, double alpha,
+                                         bool ratio, bool check) {
   Inputs inputs = gather(h, base_weights, shift, divergence, alpha, ratio);
   Tensor out = allocate_like(inputs.h);
   Tensor stats = density_ratio_into(inputs, out, check);
@@ -61,9 +72,10 @@ Tensor density_ratio_out(const Tensor& h, std::optional<Tensor> base_weights, st
 }
 
 Tensor density_ratio_backward(const Tensor& grad, const Tensor& grad_stats, const Tensor& log_ratio,
-                              const Tensor& stats, std::optional<Tensor> base_weights, bool solved, int64_t divergence,
-                              double alpha) {
-  const Tensor x = as_contiguous(log_ratio), g = as_contiguous(grad), gs = as_contiguous(grad_stats), st = as_contiguous(stats);
+                              const Tensor& stats, std::optional<Tensor> base_weights, bool solved,
+                              int64_t divergence, double alpha) {
+  const Tensor x = as_contiguous(log_ratio), g = as_contiguous(grad), gs = as_contiguous(grad_stats),
+               st = as_contiguous(stats);
   Inputs inputs = gather(x, base_weights, std::nullopt, divergence, alpha, false);
   check_backward(g, x);
   Tensor out = allocate_like(x);
@@ -113,7 +125,8 @@ Tensor variational_bound_backward(const Tensor& grad, const Tensor& h_fake, cons
   for (int64_t row = 0; row < rows; ++row) {
     problem.out = data + row * row_bytes;
     problem.h = h + row * row_bytes;
-    scaled_ratio_cpu(problem, stats_rows(st) + row, tight, -value_at(g, row) / static_cast<double>(problem.n));
+    scaled_ratio_cpu(problem, stats_rows(st) + row, tight,
+                     -value_at(g, row) / static_cast<double>(problem.n));
   }
   return out;
 }
@@ -147,7 +160,8 @@ Tensor dual_output(const Tensor& logit, int64_t divergence, double alpha) {
   return out;
 }
 
-// grad times d f'(e^l)/dl, or d f*(f'(e^l))/dl; grad has the shape of logit, or one value per group in float32 or float64.
+// grad times d f'(e^l)/dl, or d f*(f'(e^l))/dl; grad has the shape of logit, or one value per group in
+// float32 or float64.
 Tensor dual_slope(const Tensor& grad, const Tensor& logit, bool conjugate, int64_t divergence, double alpha) {
   const char* op = "dual_slope";
   const Tensor x = as_contiguous(logit), g = as_contiguous(grad);
@@ -158,15 +172,16 @@ Tensor dual_slope(const Tensor& grad, const Tensor& logit, bool conjugate, int64
   const char* input = static_cast<const char*>(x.const_data_ptr());
   if (g.dim() == x.dim()) {
     check_slope(g, x);
-    dual_slope_cpu(storage, input, g.const_data_ptr(), 1.0, data, static_cast<int64_t>(x.numel()), family, conjugate);
+    dual_slope_cpu(storage, input, g.const_data_ptr(), 1.0, data, static_cast<int64_t>(x.numel()), family,
+                   conjugate);
     return out;
   }
   const Rows rows = rows_of(x, op, "logit");
   check_row_grad(g, rows.rows, op);
   const int64_t row_bytes = rows.n * static_cast<int64_t>(x.element_size());
   for (int64_t row = 0; row < rows.rows; ++row) {
-    dual_slope_cpu(storage, input + row * row_bytes, nullptr, value_at(g, row), data + row * row_bytes, rows.n, family,
-                   conjugate);
+    dual_slope_cpu(storage, input + row * row_bytes, nullptr, value_at(g, row), data + row * row_bytes,
+                   rows.n, family, conjugate);
   }
   return out;
 }

@@ -8,11 +8,16 @@ namespace refine_ext::ops {
 
 inline Storage storage_of(const Tensor& tensor, const char* op, const char* argument) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Storage::float32;
-    case ScalarType::Double: return Storage::float64;
-    case ScalarType::Half: return Storage::float16;
-    case ScalarType::BFloat16: return Storage::bfloat16;
-    default: fail(op, ": ", argument, " must be float64, float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return Storage::float32;
+    case ScalarType::Double:
+      return Storage::float64;
+    case ScalarType::Half:
+      return Storage::float16;
+    case ScalarType::BFloat16:
+      return Storage::bfloat16;
+    default:
+      fail(op, ": ", argument, " must be float64, float32, float16 or bfloat16");
   }
 }
 
@@ -47,10 +52,13 @@ inline Tensor new_stats(const Tensor& h) {
 inline Tensor new_values(const Tensor& h) {
   int64_t sizes[16];
   for (int64_t d = 0; d + 1 < h.dim(); ++d) sizes[d] = h.size(d);
-  return allocate(sizes, h.dim() - 1, h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, h);
+  return allocate(sizes, h.dim() - 1,
+                  h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, h);
 }
 
-inline RatioStats* stats_rows(const Tensor& stats) { return static_cast<RatioStats*>(stats.mutable_data_ptr()); }
+inline RatioStats* stats_rows(const Tensor& stats) {
+  return static_cast<RatioStats*>(stats.mutable_data_ptr());
+}
 
 struct Inputs {
   Tensor h;
@@ -58,8 +66,8 @@ struct Inputs {
   DensityRatioProblem problem;
 };
 
-inline Inputs gather(const Tensor& h_in, const std::optional<Tensor>& weights, const std::optional<Tensor>& shift,
-              int64_t divergence, double alpha, bool ratio) {
+inline Inputs gather(const Tensor& h_in, const std::optional<Tensor>& weights,
+                     const std::optional<Tensor>& shift, int64_t divergence, double alpha, bool ratio) {
   const char* op = "density_ratio";
   Inputs inputs{as_contiguous(h_in), std::nullopt, std::nullopt, {}};
   const Tensor& h = inputs.h;
@@ -77,7 +85,8 @@ inline Inputs gather(const Tensor& h_in, const std::optional<Tensor>& weights, c
     require(inputs.weights->scalar_type() == h.scalar_type(), op, ": base_weights must have the dtype of h");
     require(inputs.weights->size(inputs.weights->dim() - 1) == rows.n &&
                 (shared || inputs.weights->numel() == h.numel()),
-            op, ": base_weights must have shape ", shape_of(h), " or [", rows.n, "], got ", shape_of(*inputs.weights));
+            op, ": base_weights must have shape ", shape_of(h), " or [", rows.n, "], got ",
+            shape_of(*inputs.weights));
     problem.weights = inputs.weights->const_data_ptr();
     problem.weight_stride = shared ? 0 : rows.n;
   }
@@ -85,8 +94,8 @@ inline Inputs gather(const Tensor& h_in, const std::optional<Tensor>& weights, c
     inputs.shift = as_contiguous(*shift);
     require(inputs.shift->scalar_type() == ScalarType::Double, op, ": shift must be float64");
     const int64_t count = static_cast<int64_t>(inputs.shift->numel());
-    require(count == 1 || count == rows.rows, op, ": shift must hold one value, or one for each of the ", rows.rows,
-            " groups, got shape ", shape_of(*shift));
+    require(count == 1 || count == rows.rows, op, ": shift must hold one value, or one for each of the ",
+            rows.rows, " groups, got shape ", shape_of(*shift));
     problem.shift = static_cast<const double*>(inputs.shift->const_data_ptr());
     problem.shift_stride = count == 1 ? 0 : 1;
   }
@@ -125,7 +134,8 @@ inline void check_row_grad(const Tensor& grad, int64_t rows, const char* op) {
 
 inline void check_slope(const Tensor& grad, const Tensor& logit) {
   require(grad.scalar_type() == logit.scalar_type() && grad.numel() == logit.numel(),
-          "dual_slope: grad must have the shape and dtype of logit, got ", shape_of(grad), " and ", shape_of(logit));
+          "dual_slope: grad must have the shape and dtype of logit, got ", shape_of(grad), " and ",
+          shape_of(logit));
 }
 
 }  // namespace refine_ext::ops

@@ -1,7 +1,7 @@
-// Checks, allocation and dispatch of the density-ratio ops, CUDA. Nothing here waits for the device, so that what only
-// the data can tell (NaN or +inf outputs, a shift outside the domain) is no error: that row is NaN, its statistics too.
+// Checks, allocation and dispatch of the density-ratio ops, CUDA. Nothing here waits for the device, so that
+// what only the data can tell (NaN or +inf outputs, a shift outside the domain) is no error: that row is NaN,
+// its statistics too.
 #include "../cuda/density_ratio.h"
-
 #include "cuda.h"
 #include "density_ratio.h"
 
@@ -28,8 +28,8 @@ Tensor density_ratio_into(Inputs& inputs, const Tensor& out) {
 }
 
 std::tuple<Tensor, Tensor> density_ratio(const Tensor& h, std::optional<Tensor> base_weights,
-                                         std::optional<Tensor> shift, int64_t divergence, double alpha, bool ratio,
-                                         bool) {
+                                         std::optional<Tensor> shift, int64_t divergence, double alpha,
+                                         bool ratio, bool) {
   const DeviceGuard guard = guard_for(h, "density_ratio", "h");
   Inputs inputs = gather_cuda(h, base_weights, shift, divergence, alpha, ratio);
   Tensor out = allocate_like(inputs.h);
@@ -47,8 +47,8 @@ Tensor density_ratio_out(const Tensor& h, std::optional<Tensor> base_weights, st
 }
 
 Tensor density_ratio_backward(const Tensor& grad, const Tensor& grad_stats, const Tensor& log_ratio,
-                              const Tensor& stats, std::optional<Tensor> base_weights, bool solved, int64_t divergence,
-                              double alpha) {
+                              const Tensor& stats, std::optional<Tensor> base_weights, bool solved,
+                              int64_t divergence, double alpha) {
   const char* op = "density_ratio_backward";
   const DeviceGuard guard = guard_for(log_ratio, op, "log_ratio");
   const Tensor x = as_contiguous(log_ratio), g = as_contiguous(grad), gs = as_contiguous(grad_stats),
@@ -111,8 +111,8 @@ Tensor dual_bound(const Tensor& logit_real, const Tensor& logit_fake, int64_t di
   Tensor values = new_values(fake);
   const Scratch scratch(cuda::dual_bound_workspace(storage, rows.rows, real_rows.n, rows.n), fake);
   cuda::dual_bound(storage, real.const_data_ptr(), fake.const_data_ptr(), rows.rows, real_rows.n, rows.n,
-                   family_of(divergence, alpha, op), values.mutable_data_ptr(), is_wide(values), scratch.data(),
-                   current_stream(fake));
+                   family_of(divergence, alpha, op), values.mutable_data_ptr(), is_wide(values),
+                   scratch.data(), current_stream(fake));
   return values;
 }
 
@@ -122,8 +122,8 @@ Tensor dual_output(const Tensor& logit, int64_t divergence, double alpha) {
   const Family family = family_of(divergence, alpha, "dual_output");
   const Storage storage = storage_of(x, "dual_output", "logit");
   Tensor out = allocate_like(x);
-  cuda::dual_output(storage, x.const_data_ptr(), out.mutable_data_ptr(), static_cast<int64_t>(x.numel()), family,
-                    current_stream(x));
+  cuda::dual_output(storage, x.const_data_ptr(), out.mutable_data_ptr(), static_cast<int64_t>(x.numel()),
+                    family, current_stream(x));
   return out;
 }
 
@@ -137,14 +137,14 @@ Tensor dual_slope(const Tensor& grad, const Tensor& logit, bool conjugate, int64
   Tensor out = allocate_like(x);
   if (g.dim() == x.dim()) {
     check_slope(g, x);
-    cuda::dual_slope(storage, x.const_data_ptr(), g.const_data_ptr(), nullptr, false, out.mutable_data_ptr(), 1,
-                     static_cast<int64_t>(x.numel()), family, conjugate, current_stream(x));
+    cuda::dual_slope(storage, x.const_data_ptr(), g.const_data_ptr(), nullptr, false, out.mutable_data_ptr(),
+                     1, static_cast<int64_t>(x.numel()), family, conjugate, current_stream(x));
     return out;
   }
   const Rows rows = rows_of(x, op, "logit");
   check_row_grad(g, rows.rows, op);
-  cuda::dual_slope(storage, x.const_data_ptr(), nullptr, g.const_data_ptr(), is_wide(g), out.mutable_data_ptr(),
-                   rows.rows, rows.n, family, conjugate, current_stream(x));
+  cuda::dual_slope(storage, x.const_data_ptr(), nullptr, g.const_data_ptr(), is_wide(g),
+                   out.mutable_data_ptr(), rows.rows, rows.n, family, conjugate, current_stream(x));
   return out;
 }
 

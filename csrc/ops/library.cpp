@@ -1,23 +1,30 @@
-// The schemas of torch.ops.refine_ext. Implementations register themselves from their own files, for CPU in this
-// library and for CUDA in librefine_ext_cuda.so.
+// The schemas of torch.ops.refine_ext. Implementations register themselves from their own files, for CPU in
+// this library and for CUDA in librefine_ext_cuda.so.
 //
-// divergence and alpha are a Divergence and its parameter (csrc/math/divergence.h). A `stats` row holds, in float64:
-// shift, log sum w r, log sum (w r)^2, log max w r, log sum w, log r at the anchor, the anchor and its low part.
+// divergence and alpha are a Divergence and its parameter (csrc/math/divergence.h). A `stats` row holds, in
+// float64: shift, log sum w r, log sum (w r)^2, log max w r, log sum w, log r at the anchor, the anchor and
+// its low part.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(refine_ext, m) {
   m.def(
-      "density_ratio(Tensor h, Tensor? base_weights, Tensor? shift, int divergence, float alpha, bool ratio, bool check)"
+      "density_ratio(Tensor h, Tensor? base_weights, Tensor? shift, int divergence, float alpha, bool ratio, "
+      "bool check)"
       " -> (Tensor, Tensor)");
   m.def(
-      "density_ratio_out(Tensor h, Tensor? base_weights, Tensor? shift, int divergence, float alpha, bool ratio, "
+      "density_ratio_out(Tensor h, Tensor? base_weights, Tensor? shift, int divergence, float alpha, bool "
+      "ratio, "
       "bool check, *, Tensor(a!) out) -> Tensor");
   m.def(
-      "density_ratio_backward(Tensor grad, Tensor grad_stats, Tensor log_ratio, Tensor stats, Tensor? base_weights, "
+      "density_ratio_backward(Tensor grad, Tensor grad_stats, Tensor log_ratio, Tensor stats, Tensor? "
+      "base_weights, "
       "bool solved, int divergence, float alpha) -> Tensor");
-  m.def("variational_bound(Tensor h_real, Tensor h_fake, bool tight, int divergence, float alpha) -> (Tensor, Tensor)");
   m.def(
-      "variational_bound_backward(Tensor grad, Tensor h_fake, Tensor stats, bool tight, int divergence, float alpha)"
+      "variational_bound(Tensor h_real, Tensor h_fake, bool tight, int divergence, float alpha) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "variational_bound_backward(Tensor grad, Tensor h_fake, Tensor stats, bool tight, int divergence, "
+      "float alpha)"
       " -> Tensor");
   m.def("dual_bound(Tensor logit_real, Tensor logit_fake, int divergence, float alpha) -> Tensor");
   m.def("dual_output(Tensor logit, int divergence, float alpha) -> Tensor");
@@ -29,6 +36,7 @@ STABLE_TORCH_LIBRARY(refine_ext, m) {
       "rejection(Tensor log_ratio, Tensor? log_bound, Tensor? gamma, float epsilon, Tensor seed, int offset)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
-      "metropolis(Tensor log_ratio, int num, int chains, int burn_in, int thin, bool in_order, Tensor? initial, "
+      "metropolis(Tensor log_ratio, int num, int chains, int burn_in, int thin, bool in_order, Tensor? "
+      "initial, "
       "Tensor seed) -> (Tensor, Tensor)");
 }

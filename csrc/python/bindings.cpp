@@ -17,8 +17,9 @@ namespace {
 
 using namespace refine_ext;
 
-constexpr const char* kNames[] = {"kl",          "reverse_kl",        "jensen_shannon", "gan",   "pearson_chi2",
-                                  "neyman_chi2", "squared_hellinger", "jeffreys",       "alpha", "logit"};
+constexpr const char* kNames[] = {"kl",           "reverse_kl",  "jensen_shannon",    "gan",
+                                  "pearson_chi2", "neyman_chi2", "squared_hellinger", "jeffreys",
+                                  "alpha",        "logit"};
 static_assert(std::size(kNames) == kDivergences);
 
 Family family_of(int divergence, double alpha) {
@@ -31,7 +32,8 @@ double log_ratio_of(const Family& family, double t) {
   const double d = (anchor.high - t) + anchor.low;
   switch (family.form) {
 #define REFINE_EXT_CASE(form) \
-  case Form::form: return RatioEvaluator<Form::form, double>(family, anchor)(d).log_ratio;
+  case Form::form:            \
+    return RatioEvaluator<Form::form, double>(family, anchor)(d).log_ratio;
     REFINE_EXT_CASE(exponential)
     REFINE_EXT_CASE(reciprocal)
     REFINE_EXT_CASE(inverse_square)
@@ -101,7 +103,8 @@ PYBIND11_MODULE(_C, m) {
       [](int divergence, double alpha) {
         const Family family = family_of(divergence, alpha);
         py::dict result;
-        constexpr const char* kForms[] = {"power", "power", "power", "power", "power", "power", "logistic", "lambert"};
+        constexpr const char* kForms[] = {"power", "power", "power",    "power",
+                                          "power", "power", "logistic", "lambert"};
         result["form"] = kForms[static_cast<int>(family.form)];
         result["exponent"] = family.c;
         result["scale"] = family.k;

@@ -1,0 +1,40 @@
+// From run-time storage type and form to the template that serves them.
+#pragma once
+
+#include "density_ratio.h"
+#include "simd_storage.h"
+
+namespace refine_ext::REFINE_EXT_ISA {
+namespace {
+
+template <class F>
+auto with_storage(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::float64: return f(double{});
+    case Storage::float16: return f(Half{});
+    case Storage::bfloat16: return f(BFloat16{});
+    default: return f(float{});
+  }
+}
+
+template <Form kForm>
+struct FormTag {
+  static constexpr Form value = kForm;
+};
+
+template <class F>
+auto with_form(Form form, F&& f) {
+  switch (form) {
+    case Form::exponential: return f(FormTag<Form::exponential>{});
+    case Form::reciprocal: return f(FormTag<Form::reciprocal>{});
+    case Form::inverse_square: return f(FormTag<Form::inverse_square>{});
+    case Form::inverse_sqrt: return f(FormTag<Form::inverse_sqrt>{});
+    case Form::linear: return f(FormTag<Form::linear>{});
+    case Form::logistic: return f(FormTag<Form::logistic>{});
+    case Form::lambert: return f(FormTag<Form::lambert>{});
+    default: return f(FormTag<Form::power>{});
+  }
+}
+
+}  // namespace
+}  // namespace refine_ext::REFINE_EXT_ISA
