@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, read from the compiled library: registers, local memory, 16-byte accesses, atomics.
+"""What nvcc made of the CUDA kernels, read from the library: registers, local memory, 16-byte accesses, atomics.
 
 The budgets behind the comments in csrc/cuda, checked without a GPU. Needs a build with CUDA and the disassemblers
 (`cuobjdump` and `nvdisasm` from a CUDA toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
@@ -85,9 +85,7 @@ def readable(mangled: list[str]) -> list[str]:
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def kernels(request) -> list[Kernel]:
     architecture = request.param
-    usage = re.findall(
-        r"Function (\S+?):\s+REG:(\d+) STACK:(\d+)", dump("-res-usage", "-arch", architecture)
-    )
+    usage = re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+)", dump("-res-usage", "-arch", architecture))
     if not usage:
         pytest.skip(f"not built for {architecture}")
     code = {}

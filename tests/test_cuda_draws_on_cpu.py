@@ -21,9 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
 import emulator
 from emulator import STORAGE, Process
 
-pytestmark = pytest.mark.skipif(
-    emulator.COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux"
-)
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
 ops = torch.ops.refine_ext
 METHODS = ("multinomial", "stratified", "systematic", "residual")
 TYPES = {
@@ -69,7 +67,9 @@ def weights_of(kind: str, shape, dtype: torch.dtype) -> torch.Tensor:
     if kind == "plain":
         return torch.rand(shape, dtype=torch.float64).to(dtype)
     if kind == "sparse":
-        return (torch.rand(shape, dtype=torch.float64) * (torch.rand(shape) < 0.02)).to(dtype) + 0 * torch.ones(shape, dtype=dtype)
+        return (torch.rand(shape, dtype=torch.float64) * (torch.rand(shape) < 0.02)).to(dtype) + 0 * torch.ones(
+            shape, dtype=dtype
+        )
     if kind == "one":
         weights = torch.zeros(shape, dtype=dtype)
         weights[..., shape[-1] // 2] = 3

@@ -1,5 +1,5 @@
-// Rejection sampling and independent Metropolis-Hastings; what is decided is defined in csrc/math/resampling.h.
-// Bytes moved a float32 sample: rejection 4 (largest) + 5 (decisions).
+// Rejection sampling and independent Metropolis-Hastings; what is decided is defined in
+// csrc/math/resampling.h. Bytes moved a float32 sample: rejection 4 (largest) + 5 (decisions).
 #pragma once
 
 #include "density_ratio_ops.cuh"
@@ -9,8 +9,8 @@ namespace refine_ext::cuda {
 
 // One part's share of a row: its largest log-ratio, NaN where one is NaN or +inf.
 template <class T>
-__global__ void __launch_bounds__(kDrawThreads) largest_kernel(const T* log_ratio, const int64_t n, const Layout layout,
-                                                              double* largest) {
+__global__ void __launch_bounds__(kDrawThreads)
+    largest_kernel(const T* log_ratio, const int64_t n, const Layout layout, double* largest) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
   const T* const inputs[1] = {log_ratio + team.row * n};
@@ -40,9 +40,9 @@ struct RejectionRows {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kDrawThreads) rejection_kernel(const RejectionProblem problem,
-                                                                const RejectionRows rows, const Layout layout,
-                                                                const double* largest, int64_t* counts) {
+__global__ void __launch_bounds__(kDrawThreads)
+    rejection_kernel(const RejectionProblem problem, const RejectionRows rows, const Layout layout,
+                     const double* largest, int64_t* counts) {
   const Team team = my_team(layout);
   double bound = gather_largest(team, largest + team.row * layout.parts, layout.parts);
   if (problem.log_bound) {
@@ -52,14 +52,15 @@ __global__ void __launch_bounds__(kDrawThreads) rejection_kernel(const Rejection
   }
   const double gamma = problem.gamma ? problem.gamma[team.row / rows.gamma_each] : 0.0;
   const bool valid = bound == bound && is_finite(gamma);
-  const Acceptance accepts = problem.gamma ? Acceptance::shifted(bound, gamma, problem.epsilon)
-                                           : Acceptance::plain(bound);
+  const Acceptance accepts =
+      problem.gamma ? Acceptance::shifted(bound, gamma, problem.epsilon) : Acceptance::plain(bound);
   const PhiloxSequence sequence = problem.seeds.sequence(team.row, Stream::rejection);
   const int64_t begin = team.row * problem.n;
   int64_t kept[1] = {0};
   // A block of the sequence holds two numbers: a thread takes both.
   const uint64_t offset = problem.seeds.offset, first = offset >> 1;
-  const int64_t pairs = static_cast<int64_t>(((offset + static_cast<uint64_t>(problem.n) - 1) >> 1) - first) + 1;
+  const int64_t pairs =
+      static_cast<int64_t>(((offset + static_cast<uint64_t>(problem.n) - 1) >> 1) - first) + 1;
   for (int64_t pair = team.first; pair < pairs; pair += team.stride) {
     const PhiloxBlock<uint32_t> block = sequence.block(first + static_cast<uint64_t>(pair));
 #pragma unroll
@@ -78,8 +79,8 @@ __global__ void __launch_bounds__(kDrawThreads) rejection_kernel(const Rejection
   if (team.part == 0) problem.new_bound[team.row] = valid ? bound : std::numeric_limits<double>::quiet_NaN();
 }
 
-__global__ void __launch_bounds__(kDrawThreads) count_kernel(const int64_t* counts, const int64_t parts,
-                                                            int64_t* accepted) {
+__global__ void __launch_bounds__(kDrawThreads)
+    count_kernel(const int64_t* counts, const int64_t parts, int64_t* accepted) {
   const Team team = my_team({kDrawThreads, 1});
   int64_t sum[1] = {0};
   for (int64_t part = team.rank; part < parts; part += team.size) sum[0] += counts[team.row * parts + part];
@@ -95,9 +96,9 @@ struct MetropolisStart {
 
 // A thread a chain: a chain's steps follow each other. Invalid log-ratios make every draw index 0.
 template <class T>
-__global__ void __launch_bounds__(kDrawThreads) metropolis_kernel(const MetropolisProblem problem,
-                                                                 const MetropolisStart start, const double* largest,
-                                                                 const int64_t parts) {
+__global__ void __launch_bounds__(kDrawThreads)
+    metropolis_kernel(const MetropolisProblem problem, const MetropolisStart start, const double* largest,
+                      const int64_t parts) {
   const Team team = my_team({kDrawThreads, 1});
   const double bound = gather_largest(team, largest, parts);
   const int64_t chain = static_cast<int64_t>(blockIdx.x) * kDrawThreads + threadIdx.x;
@@ -109,7 +110,8 @@ __global__ void __launch_bounds__(kDrawThreads) metropolis_kernel(const Metropol
     problem.accepted[chain] = 0;
     return;
   }
-  const PhiloxSequence sequence{static_cast<uint64_t>(*start.seed), static_cast<uint64_t>(chain), Stream::metropolis};
+  const PhiloxSequence sequence{static_cast<uint64_t>(*start.seed), static_cast<uint64_t>(chain),
+                                Stream::metropolis};
   const int64_t steps = metropolis_steps(problem.num, problem.burn_in, problem.thin);
   int64_t state = -1, accepted = 0, drawn = 0, due = problem.burn_in;
   for (int64_t step = 0; step < steps; ++step) {

@@ -21,7 +21,8 @@ struct Sum {
 struct Maximum {  // skips NaN
   template <class V>
   static __device__ __forceinline__ V neutral() {
-    return std::numeric_limits<V>::has_infinity ? -std::numeric_limits<V>::infinity() : std::numeric_limits<V>::lowest();
+    return std::numeric_limits<V>::has_infinity ? -std::numeric_limits<V>::infinity()
+                                                : std::numeric_limits<V>::lowest();
   }
   template <class V>
   static __device__ __forceinline__ V merge(V a, V b) {

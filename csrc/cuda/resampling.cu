@@ -1,8 +1,7 @@
 // Launchers of the resampling family. Compiled without contraction into fused multiply-adds, as
 // csrc/math/reproducible.h asks.
-#include "resampling.h"
-
 #include "acceptance.cuh"
+#include "resampling.h"
 
 namespace refine_ext::cuda {
 namespace {
@@ -12,10 +11,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class F>
 void with_storage(Storage storage, F&& f) {
   switch (storage) {
-    case Storage::float64: return f(double{});
-    case Storage::float16: return f(Half{});
-    case Storage::bfloat16: return f(BFloat16{});
-    default: return f(float{});
+    case Storage::float64:
+      return f(double{});
+    case Storage::float16:
+      return f(Half{});
+    case Storage::bfloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
   }
 }
 
@@ -54,7 +57,8 @@ DrawWorkspace carve(const ResampleProblem& problem, Carver& carver) {
 
 // Whole blocks a row, enough of them to fill the device.
 Layout rows_layout(int64_t rows, int64_t n) {
-  const int64_t useful = ceil_div(n, 8 * kDrawThreads), wanted = ceil_div(int64_t{8} * multiprocessors(), rows > 1 ? rows : 1);
+  const int64_t useful = ceil_div(n, 8 * kDrawThreads),
+                wanted = ceil_div(int64_t{8} * multiprocessors(), rows > 1 ? rows : 1);
   const int64_t parts = useful < wanted ? useful : wanted;
   return {kDrawThreads, parts > 1 ? parts : 1};
 }
@@ -100,13 +104,13 @@ void rejection(const RejectionProblem& problem, int64_t bound_each, int64_t gamm
   int64_t* counts = reinterpret_cast<int64_t*>(largest + blocks);
   with_storage(problem.storage, [&](auto tag) {
     using T = decltype(tag);
-    launch(op, largest_kernel<T>, blocks, kDrawThreads, stream, static_cast<const T*>(problem.log_ratio), problem.n,
-           layout, largest);
-    launch(op, rejection_kernel<T>, blocks, kDrawThreads, stream, problem, RejectionRows{bound_each, gamma_each},
-           layout, static_cast<const double*>(largest), counts);
+    launch(op, largest_kernel<T>, blocks, kDrawThreads, stream, static_cast<const T*>(problem.log_ratio),
+           problem.n, layout, largest);
+    launch(op, rejection_kernel<T>, blocks, kDrawThreads, stream, problem,
+           RejectionRows{bound_each, gamma_each}, layout, static_cast<const double*>(largest), counts);
   });
-  launch(op, count_kernel, problem.rows, kDrawThreads, stream, static_cast<const int64_t*>(counts), layout.parts,
-         problem.accepted);
+  launch(op, count_kernel, problem.rows, kDrawThreads, stream, static_cast<const int64_t*>(counts),
+         layout.parts, problem.accepted);
 }
 
 int64_t metropolis_workspace(const MetropolisProblem& problem) {
@@ -120,8 +124,8 @@ void metropolis(const MetropolisProblem& problem, const int64_t* seed, int64_t i
   double* largest = static_cast<double*>(workspace);
   with_storage(problem.storage, [&](auto tag) {
     using T = decltype(tag);
-    launch(op, largest_kernel<T>, layout.parts, kDrawThreads, stream, static_cast<const T*>(problem.log_ratio),
-           problem.n, layout, largest);
+    launch(op, largest_kernel<T>, layout.parts, kDrawThreads, stream,
+           static_cast<const T*>(problem.log_ratio), problem.n, layout, largest);
     launch(op, metropolis_kernel<T>, ceil_div(problem.chains, kDrawThreads), kDrawThreads, stream, problem,
            MetropolisStart{seed, initial_each}, static_cast<const double*>(largest), layout.parts);
   });

@@ -1,10 +1,10 @@
-// Kernels of the resampling family. Everything that decides an index is defined in csrc/math/resampling.h and is
-// integer arithmetic, or float64 steps that round alike everywhere, so that the indices are the CPU's.
+// Kernels of the resampling family. Everything that decides an index is defined in csrc/math/resampling.h and
+// is integer arithmetic, or float64 steps that round alike everywhere, so that the indices are the CPU's.
 //
 //   measure   a block a chunk: its mass                                    reads the weights
 //   unit      a block a row: the row's unit, the sums before each chunk
-//   table     a block a chunk: C_i                                          reads the weights, writes 8 n bytes
-//   copies    (residual) a block a chunk, twice: certain copies, F_i        reads C, writes 8 n bytes
+//   table     a block a chunk: C_i                                          reads the weights, writes 8 n
+//   bytes copies    (residual) a block a chunk, twice: certain copies, F_i        reads C, writes 8 n bytes
 //   draw      a thread a draw: binary search of C (and F)                   writes 8 num bytes
 //
 // A row of invalid weights, or of none, cannot raise without waiting for the device: its draws are index 0.
@@ -16,8 +16,9 @@
 namespace refine_ext::cuda {
 
 inline constexpr int kDrawThreads = 256;
-inline constexpr int kRowsOfWarp = static_cast<int>(kDrawChunk) / kDrawThreads;  // a warp's share, 32 at a time
-inline constexpr uint64_t kInvalidMass = ~uint64_t{0};                           // sums are below 2^63
+inline constexpr int kRowsOfWarp =
+    static_cast<int>(kDrawChunk) / kDrawThreads;        // a warp's share, 32 at a time
+inline constexpr uint64_t kInvalidMass = ~uint64_t{0};  // sums are below 2^63
 
 struct RowUnit {
   int64_t unit;
@@ -26,12 +27,12 @@ struct RowUnit {
 
 // Scratch memory of one call to resample.
 struct DrawWorkspace {
-  ChunkMass* masses;   // [rows][chunks]
-  RowUnit* units;      // [rows]
-  uint64_t* bases;     // [rows][chunks + 1]: C before each chunk
-  uint64_t* table;     // [rows][n]: C
-  uint64_t* certain;   // residual: [rows][chunks + 1], copies in each chunk, then before it
-  uint64_t* settled;   // residual: [rows][n]: F_i, certain copies up to and including i
+  ChunkMass* masses;  // [rows][chunks]
+  RowUnit* units;     // [rows]
+  uint64_t* bases;    // [rows][chunks + 1]: C before each chunk
+  uint64_t* table;    // [rows][n]: C
+  uint64_t* certain;  // residual: [rows][chunks + 1], copies in each chunk, then before it
+  uint64_t* settled;  // residual: [rows][n]: F_i, certain copies up to and including i
   int64_t chunks;
 };
 
@@ -59,8 +60,8 @@ __device__ __forceinline__ Chunk chunk_of(int64_t block, int64_t chunks, int64_t
 }
 
 template <class T>
-__global__ void __launch_bounds__(kDrawThreads) measure_kernel(const ResampleProblem problem,
-                                                              const DrawWorkspace work) {
+__global__ void __launch_bounds__(kDrawThreads)
+    measure_kernel(const ResampleProblem problem, const DrawWorkspace work) {
   const Team team = my_team({kDrawThreads, 1});
   const Chunk chunk = chunk_of(blockIdx.x, work.chunks, problem.n);
   const double infinity = std::numeric_limits<double>::infinity();
@@ -94,7 +95,8 @@ __global__ void __launch_bounds__(kDrawThreads) measure_kernel(const ResamplePro
 
 // Sums before each chunk of a row, and after the last; size_at(c) is what chunk c adds.
 template <class F>
-__device__ __forceinline__ uint64_t chunk_bases(const Team& team, int64_t chunks, uint64_t* bases, F&& size_at) {
+__device__ __forceinline__ uint64_t chunk_bases(const Team& team, int64_t chunks, uint64_t* bases,
+                                                F&& size_at) {
   uint64_t carry = 0;
   for (int64_t from = 0; from < chunks; from += team.size) {
     const int64_t c = from + team.rank;
@@ -170,7 +172,8 @@ __device__ __forceinline__ void scan_chunk(const Team& team, const uint64_t (&si
 }
 
 template <class T>
-__global__ void __launch_bounds__(kDrawThreads) table_kernel(const ResampleProblem problem, const DrawWorkspace work) {
+__global__ void __launch_bounds__(kDrawThreads)
+    table_kernel(const ResampleProblem problem, const DrawWorkspace work) {
   const Team team = my_team({kDrawThreads, 1});
   const Chunk chunk = chunk_of(blockIdx.x, work.chunks, problem.n);
   const RowUnit row = work.units[chunk.row];
@@ -194,7 +197,8 @@ __global__ void __launch_bounds__(kDrawThreads) table_kernel(const ResampleProbl
 
 // kWrite = false: the certain copies of each chunk; true: F_i from what comes before each.
 template <bool kWrite>
-__global__ void __launch_bounds__(kDrawThreads) copies_kernel(const ResampleProblem problem, const DrawWorkspace work) {
+__global__ void __launch_bounds__(kDrawThreads)
+    copies_kernel(const ResampleProblem problem, const DrawWorkspace work) {
   const Team team = my_team({kDrawThreads, 1});
   const Chunk chunk = chunk_of(blockIdx.x, work.chunks, problem.n);
   const RowUnit row = work.units[chunk.row];
@@ -246,8 +250,8 @@ __device__ __forceinline__ int64_t owner_of(int64_t n, uint64_t position, F&& bo
   return low;
 }
 
-__global__ void __launch_bounds__(kDrawThreads) draw_kernel(const ResampleProblem problem, const DrawWorkspace work,
-                                                           const int64_t blocks_a_row) {
+__global__ void __launch_bounds__(kDrawThreads)
+    draw_kernel(const ResampleProblem problem, const DrawWorkspace work, const int64_t blocks_a_row) {
   const int64_t row = blockIdx.x / blocks_a_row;
   const int64_t j = (blockIdx.x - row * blocks_a_row) * kDrawThreads + threadIdx.x;
   if (j >= problem.num) return;
@@ -278,7 +282,8 @@ __global__ void __launch_bounds__(kDrawThreads) draw_kernel(const ResampleProble
     const uint64_t start = problem.method == ResampleMethod::systematic
                                ? mulhi(random_bits(sequence, offset), total)
                                : uint64_t{0};
-    *out = owner_of(problem.n, Ascending{grid, problem.method, start, sequence, offset}.position(k), boundary);
+    *out =
+        owner_of(problem.n, Ascending{grid, problem.method, start, sequence, offset}.position(k), boundary);
   }
 }
 

@@ -32,7 +32,9 @@ __device__ __forceinline__ To from_bits(From value) {
 
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(BFloat16 value) { return from_bits<float>(uint32_t{value.bits} << 16); }
+__device__ __forceinline__ float widen(BFloat16 value) {
+  return from_bits<float>(uint32_t{value.bits} << 16);
+}
 __device__ __forceinline__ float widen(Half value) {
 #if defined(REFINE_EXT_CUDA_ON_CPU)
   return cuda_on_cpu::half_to_float(value.bits);
@@ -60,8 +62,12 @@ __device__ __forceinline__ void narrow(float value, Half& result) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
 #endif
 }
-__device__ __forceinline__ void narrow(double value, BFloat16& result) { narrow(static_cast<float>(value), result); }
-__device__ __forceinline__ void narrow(double value, Half& result) { narrow(static_cast<float>(value), result); }
+__device__ __forceinline__ void narrow(double value, BFloat16& result) {
+  narrow(static_cast<float>(value), result);
+}
+__device__ __forceinline__ void narrow(double value, Half& result) {
+  narrow(static_cast<float>(value), result);
+}
 
 template <class T>
 inline constexpr int kLanes = 16 / static_cast<int>(sizeof(T));

@@ -61,7 +61,8 @@ inline DrawSeeds seeds_of(const Tensor& seed, int64_t rows, int64_t offset, cons
           static_cast<uint64_t>(offset)};
 }
 
-inline Rows check_resample(const Tensor& weights, int64_t num, int64_t method, const char* op, const char* argument) {
+inline Rows check_resample(const Tensor& weights, int64_t num, int64_t method, const char* op,
+                           const char* argument) {
   const Rows rows = rows_of(weights, op, argument);
   require(num >= 0 && num <= kMostDraws, op, ": num must be between 0 and 2^40, got ", num);
   require(method >= 0 && method <= static_cast<int64_t>(ResampleMethod::residual), op,
@@ -72,9 +73,9 @@ inline Rows check_resample(const Tensor& weights, int64_t num, int64_t method, c
 }
 
 // The number of samples.
-inline int64_t check_metropolis(const Tensor& log_ratio, int64_t num, int64_t chains, int64_t burn_in, int64_t thin,
-                                bool in_order, const std::optional<Tensor>& initial, const Tensor& seed,
-                                const char* op) {
+inline int64_t check_metropolis(const Tensor& log_ratio, int64_t num, int64_t chains, int64_t burn_in,
+                                int64_t thin, bool in_order, const std::optional<Tensor>& initial,
+                                const Tensor& seed, const char* op) {
   require(log_ratio.dim() == 1 && log_ratio.size(0) > 0, op,
           ": log_ratio must be 1-D and not empty, got shape ", shape_of(log_ratio));
   require(num >= 0 && num <= kMostDraws, op, ": num must be between 0 and 2^40, got ", num);

@@ -1,9 +1,8 @@
-// Checks, allocation and dispatch of the resampling family, CUDA. Nothing here waits for the device, so that what only
-// the data can tell is no error: invalid rows draw index 0 and keep nothing, with NaN for a bound.
-#include "../cuda/resampling.h"
-
+// Checks, allocation and dispatch of the resampling family, CUDA. Nothing here waits for the device, so that
+// what only the data can tell is no error: invalid rows draw index 0 and keep nothing, with NaN for a bound.
 #include <tuple>
 
+#include "../cuda/resampling.h"
 #include "cuda.h"
 #include "resampling.h"
 
@@ -48,10 +47,13 @@ struct RowValues {
     each = rows_each(*given, rows, op, argument);
     values = as_contiguous(*given);
   }
-  const double* data() const { return values ? static_cast<const double*>(values->const_data_ptr()) : nullptr; }
+  const double* data() const {
+    return values ? static_cast<const double*>(values->const_data_ptr()) : nullptr;
+  }
 };
 
-std::tuple<Tensor, Tensor, Tensor> rejection(const Tensor& log_ratio_in, const std::optional<Tensor>& log_bound,
+std::tuple<Tensor, Tensor, Tensor> rejection(const Tensor& log_ratio_in,
+                                             const std::optional<Tensor>& log_bound,
                                              const std::optional<Tensor>& gamma, double epsilon,
                                              const Tensor& seed_in, int64_t offset) {
   const char* op = "rejection";
@@ -81,9 +83,9 @@ std::tuple<Tensor, Tensor, Tensor> rejection(const Tensor& log_ratio_in, const s
   return {keep, new_bound, accepted};
 }
 
-std::tuple<Tensor, Tensor> metropolis(const Tensor& log_ratio_in, int64_t num, int64_t chains, int64_t burn_in,
-                                      int64_t thin, bool in_order, const std::optional<Tensor>& initial,
-                                      const Tensor& seed_in) {
+std::tuple<Tensor, Tensor> metropolis(const Tensor& log_ratio_in, int64_t num, int64_t chains,
+                                      int64_t burn_in, int64_t thin, bool in_order,
+                                      const std::optional<Tensor>& initial, const Tensor& seed_in) {
   const char* op = "metropolis";
   const DeviceGuard guard = guard_for(log_ratio_in, op, "log_ratio");
   const Tensor log_ratio = as_contiguous(log_ratio_in), seed = as_contiguous(seed_in);

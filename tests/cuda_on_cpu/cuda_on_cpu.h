@@ -1,10 +1,11 @@
-// Runs CUDA kernels on the host, for tests: the very same .cuh files, compiled by a host compiler and its sanitizers.
-// Each CUDA thread is a fiber; the fibers of a block take turns on one OS thread and blocks run one after another, so
-// a run is deterministic. What a GPU would leave undefined is reported: barriers that not every thread reaches, shuffles
-// across lanes that are not there, and, by the sanitizers, accesses out of bounds or out of order.
+// Runs CUDA kernels on the host, for tests: the very same .cuh files, compiled by a host compiler and its
+// sanitizers. Each CUDA thread is a fiber; the fibers of a block take turns on one OS thread and blocks run
+// one after another, so a run is deterministic. What a GPU would leave undefined is reported: barriers that
+// not every thread reaches, shuffles across lanes that are not there, and, by the sanitizers, accesses out of
+// bounds or out of order.
 //
-// Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up shuffles, static shared
-// memory (REFINE_EXT_SHARED), 16-byte packs.
+// Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up
+// shuffles, static shared memory (REFINE_EXT_SHARED), 16-byte packs.
 #pragma once
 
 #include <cmath>
@@ -48,8 +49,8 @@ void warp_barrier(const char* file, int line);
 inline constexpr int kSlotBytes = 16;
 const unsigned char* exchange(const void* value, size_t bytes, const char* file, int line);
 
-// Runs `body` once for every thread of every block. The order of the blocks, and of a block's threads, follows
-// CUDA_ON_CPU_ORDER: forward, reverse or shuffled.
+// Runs `body` once for every thread of every block. The order of the blocks, and of a block's threads,
+// follows CUDA_ON_CPU_ORDER: forward, reverse or shuffled.
 void run(const char* name, int64_t blocks, int threads, const std::function<void()>& body);
 int multiprocessors();  // CUDA_ON_CPU_MULTIPROCESSORS, 2 unless told
 
@@ -69,16 +70,15 @@ T shuffle(unsigned mask, T value, int source, const char* file, int line);
 #define REFINE_EXT_LANE (static_cast<int>(threadIdx.x % 32))
 #define __shfl_xor_sync(mask, value, distance) \
   cuda_on_cpu::shuffle(mask, value, REFINE_EXT_LANE ^ (distance), __FILE__, __LINE__)
-#define __shfl_up_sync(mask, value, distance)                                             \
-  cuda_on_cpu::shuffle(mask, value,                                                       \
+#define __shfl_up_sync(mask, value, distance)                                                         \
+  cuda_on_cpu::shuffle(mask, value,                                                                   \
                        REFINE_EXT_LANE < (distance) ? REFINE_EXT_LANE : REFINE_EXT_LANE - (distance), \
                        __FILE__, __LINE__)
 
-#define REFINE_EXT_SHARED(type, name, dims)                                  \
-  static char name##_key;                                                    \
-  using name##_type = type dims;                                             \
-  name##_type& name = *static_cast<name##_type*>(                            \
-      cuda_on_cpu::shared_memory(&name##_key, sizeof(name##_type)))
+#define REFINE_EXT_SHARED(type, name, dims) \
+  static char name##_key;                   \
+  using name##_type = type dims;            \
+  name##_type& name = *static_cast<name##_type*>(cuda_on_cpu::shared_memory(&name##_key, sizeof(name##_type)))
 
 namespace cuda_on_cpu {
 

@@ -13,8 +13,8 @@ using namespace refine_ext;
 
 // As test_cuda_draws_on_cpu.py packs it.
 struct Request {
-  int64_t op, storage, rows, n, num, method, log, offset, seed_rows, bound_each, gamma_each, chains, burn_in, thin,
-      in_order;
+  int64_t op, storage, rows, n, num, method, log, offset, seed_rows, bound_each, gamma_each, chains, burn_in,
+      thin, in_order;
   double epsilon;
 };
 enum Op : int64_t { resample, rejection, metropolis };
@@ -62,29 +62,32 @@ int main() {
     const auto workspace = [](int64_t bytes) { return poisoned<char>(bytes); };
     if (r.op == resample) {
       auto out = poisoned<int64_t>(r.rows * r.num);
-      const ResampleProblem problem{data.as<void>(), storage, r.log != 0, r.rows, r.n, r.num,
-                                    static_cast<ResampleMethod>(r.method), draw_seeds, out.get()};
+      const ResampleProblem problem{
+          data.as<void>(), storage,  r.log != 0, r.rows, r.n, r.num, static_cast<ResampleMethod>(r.method),
+          draw_seeds,      out.get()};
       cuda::resample(problem, workspace(cuda::resample_workspace(problem)).get(), nullptr);
       answer(out, r.rows * r.num);
     } else if (r.op == rejection) {
       auto keep = std::make_unique<bool[]>(static_cast<size_t>(r.rows * r.n));
       auto new_bound = poisoned<double>(r.rows);
       auto accepted = poisoned<int64_t>(r.rows);
-      const RejectionProblem problem{data.as<void>(), storage,    r.rows,     r.n,
-                                     bound.as<double>(), gamma.as<double>(), r.epsilon, draw_seeds,
-                                     keep.get(),      new_bound.get(), accepted.get()};
-      cuda::rejection(problem, r.bound_each, r.gamma_each, workspace(cuda::rejection_workspace(problem)).get(),
-                      nullptr);
+      const RejectionProblem problem{
+          data.as<void>(),    storage,   r.rows,     r.n,        bound.as<double>(),
+          gamma.as<double>(), r.epsilon, draw_seeds, keep.get(), new_bound.get(),
+          accepted.get()};
+      cuda::rejection(problem, r.bound_each, r.gamma_each,
+                      workspace(cuda::rejection_workspace(problem)).get(), nullptr);
       answer(keep, r.rows * r.n);
       answer(new_bound, r.rows);
       answer(accepted, r.rows);
     } else {
       auto out = poisoned<int64_t>(r.chains * r.num);
       auto accepted = poisoned<int64_t>(r.chains);
-      const MetropolisProblem problem{data.as<void>(), storage,      r.n, r.num,     r.chains,      r.burn_in, r.thin,
-                                      bound.as<double>(), r.in_order != 0, 0, out.get(), accepted.get()};
-      cuda::metropolis(problem, seeds.as<int64_t>(), r.bound_each, workspace(cuda::metropolis_workspace(problem)).get(),
-                       nullptr);
+      const MetropolisProblem problem{data.as<void>(), storage,   r.n,       r.num,
+                                      r.chains,        r.burn_in, r.thin,    bound.as<double>(),
+                                      r.in_order != 0, 0,         out.get(), accepted.get()};
+      cuda::metropolis(problem, seeds.as<int64_t>(), r.bound_each,
+                       workspace(cuda::metropolis_workspace(problem)).get(), nullptr);
       answer(out, r.chains * r.num);
       answer(accepted, r.chains);
     }
