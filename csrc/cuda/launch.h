@@ -52,8 +52,10 @@ void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, v
     throw std::runtime_error(std::string(op) + ": input too large for one launch, would take " +
                              std::to_string(blocks) + " blocks");
   }
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0,
-           static_cast<cudaStream_t>(stream)> > >(static_cast<P>(arguments)...);
+  // clang-format off
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<P>(arguments)...);
+  // clang-format on
   check(cudaGetLastError(), op);
 }
 
