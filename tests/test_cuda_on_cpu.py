@@ -437,7 +437,7 @@ def test_dual(emulated, name):
     ],
 )
 def test_planted_bugs_are_reported(bug, sanitizer, report):
-    program = emulator.build("planted_bugs", sanitizer, kernels=False)
+    program = emulator.build("planted_bugs", sanitizer)
     done = subprocess.run([str(program), bug], capture_output=True, text=True, env=emulator.environment())
     if report:
         assert done.returncode != 0

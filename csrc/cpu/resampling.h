@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../math/resampling.h"
+#include "../math/resampling_problem.h"
 #include "density_ratio.h"
 
 namespace refine_ext {
@@ -36,28 +36,6 @@ struct ResamplingKernels {
 // Draws whose positions are in work at once: 32 KB.
 inline constexpr int64_t kPlaced = 4096;
 
-// A seed for every `rows_each` rows, which are sequences 0, 1, ... of it: a row gets the same numbers
-// whatever it is batched with.
-struct DrawSeeds {
-  const int64_t* seeds;
-  int64_t rows_each;
-  uint64_t offset;
-
-  PhiloxSequence sequence(int64_t row, Stream stream) const {
-    return {static_cast<uint64_t>(seeds[row / rows_each]), static_cast<uint64_t>(row % rows_each), stream};
-  }
-};
-
-struct ResampleProblem {
-  const void* weights;  // [rows, n]
-  Storage storage;
-  bool log;
-  int64_t rows, n, num;
-  ResampleMethod method;
-  DrawSeeds seeds;
-  int64_t* out;  // [rows, num]
-};
-
 enum class DrawError : int { none, invalid, no_mass };
 
 // The first row with an error names it; what its row of `out` holds is unspecified.
@@ -68,36 +46,7 @@ struct DrawReport {
 
 DrawReport resample_cpu(const ResampleProblem&);
 
-struct RejectionProblem {
-  const void* log_ratio;  // [rows, n]
-  Storage storage;
-  int64_t rows, n;
-  const double* log_bound;  // [rows], or nullptr
-  const double* gamma;      // [rows], or nullptr: plain
-  double epsilon;
-  DrawSeeds seeds;
-  bool* keep;         // [rows, n]
-  double* new_bound;  // [rows]
-  int64_t* accepted;  // [rows]
-};
-
 DrawReport rejection_cpu(const RejectionProblem&);
-
-struct MetropolisProblem {
-  const void* log_ratio;  // [n]
-  Storage storage;
-  int64_t n, num, chains, burn_in, thin;
-  const double* initial;  // [chains], or nullptr
-  bool in_order;          // order "given"
-  int64_t seed;
-  int64_t* out;       // [chains, num]
-  int64_t* accepted;  // [chains]
-};
-
-// Steps of a chain whose last draw is number num - 1.
-inline int64_t metropolis_steps(int64_t num, int64_t burn_in, int64_t thin) {
-  return num > 0 ? burn_in + (num - 1) * thin + 1 : 0;
-}
 
 DrawReport metropolis_cpu(const MetropolisProblem&);
 

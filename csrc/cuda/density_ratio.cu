@@ -7,10 +7,14 @@ namespace {
 template <class F>
 void with_launches(Storage storage, F&& f) {
   switch (storage) {
-    case Storage::float64: return f(DensityRatioLaunches<double>{});
-    case Storage::float16: return f(DensityRatioLaunches<Half>{});
-    case Storage::bfloat16: return f(DensityRatioLaunches<BFloat16>{});
-    default: return f(DensityRatioLaunches<float>{});
+    case Storage::float64:
+      return f(DensityRatioLaunches<double>{});
+    case Storage::float16:
+      return f(DensityRatioLaunches<Half>{});
+    case Storage::bfloat16:
+      return f(DensityRatioLaunches<BFloat16>{});
+    default:
+      return f(DensityRatioLaunches<float>{});
   }
 }
 
@@ -31,7 +35,8 @@ int64_t density_ratio_workspace(const DensityRatioProblem& problem, bool fixed) 
   return workspace_of(row_problem(problem, fixed), 0);
 }
 
-void density_ratio(const DensityRatioProblem& problem, bool fixed, RatioStats* stats, void* workspace, void* stream) {
+void density_ratio(const DensityRatioProblem& problem, bool fixed, RatioStats* stats, void* workspace,
+                   void* stream) {
   with_launches(problem.storage, [&](auto launches) {
     launches.run(row_problem(problem, fixed), stats, BoundArguments{}, workspace, stream);
   });
@@ -41,8 +46,8 @@ int64_t variational_bound_workspace(const DensityRatioProblem& problem, const Re
   return workspace_of(row_problem(problem, !tight), real.n);
 }
 
-void variational_bound(const DensityRatioProblem& problem, const RealOutputs& real, bool tight, RatioStats* stats,
-                       void* values, bool wide, void* workspace, void* stream) {
+void variational_bound(const DensityRatioProblem& problem, const RealOutputs& real, bool tight,
+                       RatioStats* stats, void* values, bool wide, void* workspace, void* stream) {
   RowProblem fake = row_problem(problem, !tight);
   fake.output = Output::none;
   fake.out = nullptr;
@@ -85,13 +90,14 @@ void dual_slope(Storage storage, const void* x, const void* grad, const void* ro
 }
 
 int64_t dual_bound_workspace(Storage storage, int64_t rows, int64_t real_n, int64_t fake_n) {
-  const int64_t parts =
-      reducing_launch(rows, real_n, storage).layout.parts + reducing_launch(rows, fake_n, storage).layout.parts;
+  const int64_t parts = reducing_launch(rows, real_n, storage).layout.parts +
+                        reducing_launch(rows, fake_n, storage).layout.parts;
   return rows * parts * static_cast<int64_t>(sizeof(double));
 }
 
-void dual_bound(Storage storage, const void* real, const void* fake, int64_t rows, int64_t real_n, int64_t fake_n,
-                const Family& family, void* values, bool wide, void* workspace, void* stream) {
+void dual_bound(Storage storage, const void* real, const void* fake, int64_t rows, int64_t real_n,
+                int64_t fake_n, const Family& family, void* values, bool wide, void* workspace,
+                void* stream) {
   const int64_t real_parts = reducing_launch(rows, real_n, storage).layout.parts;
   const int64_t fake_parts = reducing_launch(rows, fake_n, storage).layout.parts;
   double* real_sums = static_cast<double*>(workspace);

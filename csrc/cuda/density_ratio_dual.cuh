@@ -1,6 +1,6 @@
-// The elementwise functions of log-ratios, their sums, and the gradients. Bytes moved a float32 sample: dual_output and
-// the bound's backward 8, dual_slope 8 (12 with an elementwise gradient), dual_bound 4, the backward of log r 12, and
-// 8 more for the sums of a solved shift.
+// The elementwise functions of log-ratios, their sums, and the gradients. Bytes moved a float32 sample:
+// dual_output and the bound's backward 8, dual_slope 8 (12 with an elementwise gradient), dual_bound 4, the
+// backward of log r 12, and 8 more for the sums of a solved shift.
 #pragma once
 
 #include "density_ratio_passes.cuh"
@@ -13,8 +13,10 @@ constexpr Form dual_form(Form form) {
     case Form::exponential:
     case Form::reciprocal:
     case Form::logistic:
-    case Form::lambert: return form;
-    default: return Form::power;
+    case Form::lambert:
+      return form;
+    default:
+      return Form::power;
   }
 }
 
@@ -95,8 +97,8 @@ struct BackwardPass : Pass {
 };
 
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_output_kernel(const T* x, T* out, const int64_t n, const Layout layout,
-                                                              const Family family) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
+    dual_output_kernel(const T* x, T* out, const int64_t n, const Layout layout, const Family family) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
   DualOutputPass<kForm, C> pass{{}, family};
@@ -105,16 +107,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_output_
 
 // grad: like x; or row_grad, one value a row, float64 if wide.
 template <Form kForm, class T, bool kConjugate>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_slope_kernel(const T* x, const T* grad, const void* row_grad,
-                                                             const bool wide, T* out, const int64_t rows,
-                                                             const int64_t n, const Layout layout,
-                                                             const Family family) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
+    dual_slope_kernel(const T* x, const T* grad, const void* row_grad, const bool wide, T* out,
+                      const int64_t rows, const int64_t n, const Layout layout, const Family family) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
   if (team.row >= rows) return;
   double scale = 1.0;
   if (row_grad) {
-    scale = wide ? static_cast<const double*>(row_grad)[team.row] : static_cast<const float*>(row_grad)[team.row];
+    scale =
+        wide ? static_cast<const double*>(row_grad)[team.row] : static_cast<const float*>(row_grad)[team.row];
   }
   const int64_t offset = team.row * n;
   DualSlopePass<kForm, C, kConjugate> pass{{}, family, static_cast<C>(scale)};
@@ -123,8 +125,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_slope_k
 }
 
 template <Form kForm, class T, bool kConjugate>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) dual_sum_kernel(const T* x, const int64_t rows, const int64_t n,
-                                                           const Layout layout, const Family family, double* sums) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
+    dual_sum_kernel(const T* x, const int64_t rows, const int64_t n, const Layout layout, const Family family,
+                    double* sums) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
   if (team.row >= rows) return;
@@ -142,33 +145,34 @@ struct MeanSums {
 };
 __device__ __forceinline__ double mean_of(const MeanSums& mean, const Team& team) {
   double total[1] = {0.0};
-  for (int64_t part = team.rank; part < mean.parts; part += team.size) total[0] += mean.sums[team.row * mean.parts + part];
+  for (int64_t part = team.rank; part < mean.parts; part += team.size)
+    total[0] += mean.sums[team.row * mean.parts + part];
   reduce<Sum>(team, total);
   return total[0] / static_cast<double>(mean.n);
 }
 template <class V>
-__global__ void __launch_bounds__(kThreads) dual_bound_kernel(const MeanSums real, const MeanSums fake, V* values,
-                                                             const int64_t rows) {
+__global__ void __launch_bounds__(kThreads)
+    dual_bound_kernel(const MeanSums real, const MeanSums fake, V* values, const int64_t rows) {
   const Team team = my_team({kWarp, 1});
   if (team.row >= rows) return;
   const double bound = mean_of(real, team) - mean_of(fake, team);
   if (team.rank == 0) values[team.row] = static_cast<V>(bound);
 }
 
-// -grad r / n, the gradient of a bound with respect to the fake outputs: the envelope theorem, the shift's own
-// movement does not count.
+// -grad r / n, the gradient of a bound with respect to the fake outputs: the envelope theorem, the shift's
+// own movement does not count.
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
-    bound_backward_kernel(const RowProblem problem, const Layout layout, const RatioStats* stats, const void* grad,
-                          const bool wide) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>, kForm>)
+    bound_backward_kernel(const RowProblem problem, const Layout layout, const RatioStats* stats,
+                          const void* grad, const bool wide) {
   using C = Compute<kForm, T>;
   const Team team = my_team(layout);
   if (team.row >= problem.rows) return;
   Family family = problem.family;
   family.form = kForm;
   const RowPointers<T> row = row_pointers<T>(problem, team.row);
-  const double upstream =
-      wide ? static_cast<const double*>(grad)[team.row] : static_cast<double>(static_cast<const float*>(grad)[team.row]);
+  const double upstream = wide ? static_cast<const double*>(grad)[team.row]
+                               : static_cast<double>(static_cast<const float*>(grad)[team.row]);
   const double scale = -upstream / static_cast<double>(problem.n);
   const RatioStats found = stats[team.row];
   if constexpr (kForm == Form::exponential) {
@@ -177,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
     ShiftPass<C, Output::ratio> pass(anchor, scale);
     for_samples<1, true, 1, C>({row.h}, row.out, problem.n, team, pass);
   } else {
-    const Anchor anchor =
-        problem.fixed ? fixed_anchor<C>(family, found.shift) : solved_anchor(family, found.anchor, found.log_max);
+    const Anchor anchor = problem.fixed ? fixed_anchor<C>(family, found.shift)
+                                        : solved_anchor(family, found.anchor, found.log_max);
     WritePass<kForm, C, Output::ratio> pass(family, anchor, scale);
     const T* const inputs[2] = {row.h, nullptr};
     for_samples<1, true, 2, C>(inputs, row.out, problem.n, team, pass);
@@ -190,16 +194,18 @@ struct BackwardRow {
   const T* inputs[3];
 };
 template <class T>
-__device__ __forceinline__ BackwardRow<T> backward_row(const RowProblem& problem, const T* log_ratio, const T* grad,
-                                                       int64_t row) {
+__device__ __forceinline__ BackwardRow<T> backward_row(const RowProblem& problem, const T* log_ratio,
+                                                       const T* grad, int64_t row) {
   const T* weights = static_cast<const T*>(problem.weights);
   return {{grad + row * problem.n, log_ratio + row * problem.n,
            weights ? weights + row * problem.weight_stride : nullptr}};
 }
 
+// Three inputs and two sums take 80 registers.
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_sums_kernel(const RowProblem problem, const Layout layout,
-                                                                const T* log_ratio, const T* grad, double* sums) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type, Form::lambert>)
+    backward_sums_kernel(const RowProblem problem, const Layout layout, const T* log_ratio, const T* grad,
+                         double* sums) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
   if (team.row >= problem.rows) return;
@@ -214,12 +220,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_sum
   mine[1] = totals[1];
 }
 
-// The derivation of through_ratio is beside the CPU's backward (csrc/cpu/density_ratio.cpp). sums == nullptr: the
-// shift was given.
+// The derivation of through_ratio is beside the CPU's backward (csrc/cpu/density_ratio.cpp). sums == nullptr:
+// the shift was given.
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) backward_kernel(const RowProblem problem, const Layout layout,
-                                                           const T* log_ratio, const T* grad, const RatioStats* stats,
-                                                           const double* grad_stats, const double* sums) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
+    backward_kernel(const RowProblem problem, const Layout layout, const T* log_ratio, const T* grad,
+                    const RatioStats* stats, const double* grad_stats, const double* sums) {
   using C = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
   if (team.row >= problem.rows) return;

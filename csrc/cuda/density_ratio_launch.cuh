@@ -1,5 +1,5 @@
-// Over how many blocks a call's kernels are launched, and how the launches are divided among files that the build
-// compiles side by side: one per storage type, and one for the kernels that serve several.
+// Over how many blocks a call's kernels are launched, and how the launches are divided among files that the
+// build compiles side by side: one per storage type, and one for the kernels that serve several.
 #pragma once
 
 #include "density_ratio.h"
@@ -25,7 +25,8 @@ inline Launch make_launch(int team, int64_t parts, int threads, int64_t rows) {
 
 // A team a row: a warp where rows are short and many, else a block.
 inline Launch row_launch(int64_t rows, int64_t n) {
-  if (n <= 128 || (n <= 2048 && rows >= int64_t{16} * multiprocessors())) return make_launch(kWarp, 1, kThreads, rows);
+  if (n <= 128 || (n <= 2048 && rows >= int64_t{16} * multiprocessors()))
+    return make_launch(kWarp, 1, kThreads, rows);
   const int threads = n <= 4096 ? kThreads : kMaxThreads;
   return make_launch(threads, 1, threads, rows);
 }
@@ -64,7 +65,8 @@ inline WorkspacePlan plan_workspace(int64_t rows, int64_t parts, bool solved, in
           solved ? rows * parts * kThreads * doubles : 0, rows * real_parts * doubles};
 }
 
-inline Workspace carve(void* memory, const WorkspacePlan& plan, int64_t rows, int64_t parts, int64_t real_parts) {
+inline Workspace carve(void* memory, const WorkspacePlan& plan, int64_t rows, int64_t parts,
+                       int64_t real_parts) {
   char* at = static_cast<char*>(memory);
   Workspace work;
   work.states = reinterpret_cast<RowState*>(at);
@@ -92,25 +94,38 @@ struct FormTag {
 template <class F>
 void with_form(Form form, F&& f) {
   switch (form) {
-    case Form::exponential: return f(FormTag<Form::exponential>{});
-    case Form::reciprocal: return f(FormTag<Form::reciprocal>{});
-    case Form::inverse_square: return f(FormTag<Form::inverse_square>{});
-    case Form::inverse_sqrt: return f(FormTag<Form::inverse_sqrt>{});
-    case Form::linear: return f(FormTag<Form::linear>{});
-    case Form::logistic: return f(FormTag<Form::logistic>{});
-    case Form::lambert: return f(FormTag<Form::lambert>{});
-    default: return f(FormTag<Form::power>{});
+    case Form::exponential:
+      return f(FormTag<Form::exponential>{});
+    case Form::reciprocal:
+      return f(FormTag<Form::reciprocal>{});
+    case Form::inverse_square:
+      return f(FormTag<Form::inverse_square>{});
+    case Form::inverse_sqrt:
+      return f(FormTag<Form::inverse_sqrt>{});
+    case Form::linear:
+      return f(FormTag<Form::linear>{});
+    case Form::logistic:
+      return f(FormTag<Form::logistic>{});
+    case Form::lambert:
+      return f(FormTag<Form::lambert>{});
+    default:
+      return f(FormTag<Form::power>{});
   }
 }
 
 template <class F>
 void with_dual_form(Form form, F&& f) {
   switch (dual_form(form)) {
-    case Form::exponential: return f(FormTag<Form::exponential>{});
-    case Form::reciprocal: return f(FormTag<Form::reciprocal>{});
-    case Form::logistic: return f(FormTag<Form::logistic>{});
-    case Form::lambert: return f(FormTag<Form::lambert>{});
-    default: return f(FormTag<Form::power>{});
+    case Form::exponential:
+      return f(FormTag<Form::exponential>{});
+    case Form::reciprocal:
+      return f(FormTag<Form::reciprocal>{});
+    case Form::logistic:
+      return f(FormTag<Form::logistic>{});
+    case Form::lambert:
+      return f(FormTag<Form::lambert>{});
+    default:
+      return f(FormTag<Form::power>{});
   }
 }
 
@@ -132,8 +147,8 @@ struct DensityRatioLaunches {
   static void output(const void* x, void* out, int64_t n, const Family&, Storage, void* stream);
   static void slope(const void* x, const void* grad, const void* row_grad, bool wide, void* out, int64_t rows,
                     int64_t n, const Family&, bool conjugated, Storage, void* stream);
-  static void sum(const void* x, int64_t rows, int64_t n, const Family&, bool conjugated, Storage, double* sums,
-                  void* stream);
+  static void sum(const void* x, int64_t rows, int64_t n, const Family&, bool conjugated, Storage,
+                  double* sums, void* stream);
 };
 
 }  // namespace refine_ext::cuda

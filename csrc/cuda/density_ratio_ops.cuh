@@ -12,7 +12,8 @@ using Compute = std::conditional_t<kForm == Form::power, double, typename Comput
 
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
 
-// The problem with what the CPU driver keeps in variables. A given shift of zero needs no memory: shift is nullptr then.
+// The problem with what the CPU driver keeps in variables. A given shift of zero needs no memory: shift is
+// nullptr then.
 struct RowProblem : DensityRatioProblem {
   bool fixed;  // the shift is given
   double tolerance;
@@ -41,8 +42,8 @@ struct ScanPass : Pass {
   }
 };
 
-// The same and the sums of w e^{h - best}, for rows that are read once. The sums are rescaled whenever a pack raises
-// the maximum, which happens a few times a thread.
+// The same and the sums of w e^{h - best}, for rows that are read once. The sums are rescaled whenever a pack
+// raises the maximum, which happens a few times a thread.
 template <class C, bool kWeighted>
 struct OnlineScanPass : Pass {
   ScanPass<C, kWeighted> scan;
@@ -115,8 +116,8 @@ struct MeanPass : Pass {
   }
 };
 
-// The result, and its sums: w r, (w r)^2, largest w r, and with Output::none w f*, in float64 since squares leave
-// float32 early. kEither: log r or r, as `log_ratio` says at run time.
+// The result, and its sums: w r, (w r)^2, largest w r, and with Output::none w f*, in float64 since squares
+// leave float32 early. kEither: log r or r, as `log_ratio` says at run time.
 template <Form kForm, class C, Output kOutput, bool kEither = false>
 struct WritePass : Pass {
   const RatioEvaluator<kForm, C> evaluate;
@@ -168,11 +169,12 @@ enum class Status : int {
   invalid,
 };
 
-// Whether g = e^{-c L} is too small for float32 in the forms that evaluate (g + c k d)^{-1/c} by g. Only base weights
-// let L grow beyond log n.
+// Whether g = e^{-c L} is too small for float32 in the forms that evaluate (g + c k d)^{-1/c} by g. Only base
+// weights let L grow beyond log n.
 template <Form kForm, class C>
-inline constexpr bool kHoldsBase = sizeof(C) == 4 && (kForm == Form::reciprocal || kForm == Form::inverse_square ||
-                                                      kForm == Form::inverse_sqrt);
+inline constexpr bool kHoldsBase =
+    sizeof(C) == 4 &&
+    (kForm == Form::reciprocal || kForm == Form::inverse_square || kForm == Form::inverse_sqrt);
 template <Form kForm, class C>
 __device__ __forceinline__ bool base_underflows(const Family& family, const Anchor& anchor) {
   return kHoldsBase<kForm, C> && family.c * anchor.log_max > 80.0;
@@ -192,7 +194,8 @@ struct RowState {
 };
 
 template <class C, bool kWeighted>
-__device__ __forceinline__ ScanTotals scan_totals(const Team& team, const ScanPass<C, kWeighted>& pass, int64_t count) {
+__device__ __forceinline__ ScanTotals scan_totals(const Team& team, const ScanPass<C, kWeighted>& pass,
+                                                  int64_t count) {
   double maxima[2] = {static_cast<double>(pass.best), pass.invalid ? 1.0 : 0.0};
   double sums[1] = {kWeighted ? pass.weight : 0.0};
   reduce<Maximum>(team, maxima);
@@ -201,8 +204,8 @@ __device__ __forceinline__ ScanTotals scan_totals(const Team& team, const ScanPa
 }
 
 // Sums of exponentials that are relative to each thread's own reference, brought to the team's maximum.
-__device__ __forceinline__ void merge_exponentials(const Team& team, double reference, double sum, double square,
-                                                   double largest, ScanTotals& totals) {
+__device__ __forceinline__ void merge_exponentials(const Team& team, double reference, double sum,
+                                                   double square, double largest, ScanTotals& totals) {
   const double shrink = sum > 0.0 ? ::exp(reference - totals.maximum) : 0.0;
   double sums[2] = {sum * shrink, square * shrink * shrink}, maxima[1] = {sum > 0.0 ? largest * shrink : 0.0};
   reduce<Sum>(team, sums);
@@ -214,7 +217,8 @@ __device__ __forceinline__ void merge_exponentials(const Team& team, double refe
 
 // After the scan: the anchor of an exponential form or a given shift, or where the search begins.
 template <Form kForm, class C>
-__device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t row, const ScanTotals& scan) {
+__device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t row,
+                                              const ScanTotals& scan) {
   Family family = problem.family;
   family.form = kForm;
   const bool fixed = problem.fixed;
@@ -228,15 +232,16 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
   if (!fixed) valid = valid && is_finite(scan.maximum);
 
   if constexpr (kForm == Form::exponential) {
-    // log r of the largest. With a solved shift it is taken from the sum, not from the shift: a large maximum's rounding
-    // would swallow it.
+    // log r of the largest. With a solved shift it is taken from the sum, not from the shift: a large
+    // maximum's rounding would swallow it.
     const double largest =
         fixed ? scan.maximum - (state.shift + family.tangent) : ::log(scan.weight) - ::log(scan.sum);
     if (!fixed) state.shift = (scan.maximum - largest) - family.tangent;
     state.anchor = fixed_anchor<C>(family, state.shift);
     if (!fixed) state.anchor.low = (scan.maximum - state.anchor.high) - largest;
     const double infinity = std::numeric_limits<double>::infinity();
-    const bool empty = scan.maximum == -infinity;  // r = 0 for all at a given shift, and the sums hold nothing
+    const bool empty =
+        scan.maximum == -infinity;  // r = 0 for all at a given shift, and the sums hold nothing
     state.stats = {state.shift,
                    empty ? -infinity : largest + ::log(scan.sum),
                    empty ? -infinity : 2.0 * largest + ::log(scan.square),
@@ -250,7 +255,8 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
     state.anchor = fixed_anchor<C>(family, state.shift);
     // The ratio falls with d, so that the largest output decides whether the shift leaves the domain.
     valid = valid && !(scan.maximum - state.shift > family.supremum);
-    const C d = (static_cast<C>(state.anchor.high) - static_cast<C>(scan.maximum)) + static_cast<C>(state.anchor.low);
+    const C d =
+        (static_cast<C>(state.anchor.high) - static_cast<C>(scan.maximum)) + static_cast<C>(state.anchor.low);
     const C ratio = RatioEvaluator<kForm, C>(family, state.anchor)(d).ratio;
     valid = valid && is_finite(static_cast<double>(ratio));
     state.status = Status::settled;
@@ -262,10 +268,12 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
   return state;
 }
 
-// One step of the search from the sums at state.anchor. Newton's error is quadratic near the root, the steeper the
-// larger c is, so that a step from an error e is taken on trust once e^2 (1 + c^2) is far below the tolerance.
+// One step of the search from the sums at state.anchor. Newton's error is quadratic near the root, the
+// steeper the larger c is, so that a step from an error e is taken on trust once e^2 (1 + c^2) is far below
+// the tolerance.
 template <Form kForm>
-__device__ __forceinline__ void advance(RowState& state, Family family, double ratio, double moment, double tolerance) {
+__device__ __forceinline__ void advance(RowState& state, Family family, double ratio, double moment,
+                                        double tolerance) {
   family.form = kForm;
   const double mean = ratio / state.weight, error = ::fabs(mean - 1.0);
   if (mean != mean) {
@@ -291,16 +299,23 @@ __device__ __forceinline__ RatioStats invalid_stats() {
   return {nan, nan, nan, nan, nan, nan, nan, nan};
 }
 
-__device__ __forceinline__ RatioStats finish_row(const RowState& state, const Family& family, bool fixed, double ratio,
-                                                 double square, double largest) {
+__device__ __forceinline__ RatioStats finish_row(const RowState& state, const Family& family, bool fixed,
+                                                 double ratio, double square, double largest) {
   if (state.status != Status::settled || !is_finite(ratio)) return invalid_stats();
   if (family.form == Form::exponential) return state.stats;
   const double shift = fixed ? state.shift : state.maximum - dual_output(family, state.search.log_max);
-  return {shift,  ::log(ratio),         ::log(square),     ::log(largest), ::log(state.weight),
-          state.anchor.log_max, state.anchor.high, state.anchor.low};
+  return {shift,
+          ::log(ratio),
+          ::log(square),
+          ::log(largest),
+          ::log(state.weight),
+          state.anchor.log_max,
+          state.anchor.high,
+          state.anchor.low};
 }
 
-// A row's state while a block works on it: in shared memory, one slot a team, written by the team's first thread.
+// A row's state while a block works on it: in shared memory, one slot a team, written by the team's first
+// thread.
 template <int kTeams>
 __device__ __forceinline__ RowState& shared_state(const Team& team) {
   // Bytes, since shared memory takes no type with initialisers.

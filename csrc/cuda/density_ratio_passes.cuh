@@ -2,17 +2,17 @@
 //
 //   scan                 largest output, weight; for the exponential form the sums of exponentials too
 //   guess                one block: takes a given shift, or solves for a subsample's
-//   evaluate x kEvaluations   sums at the current shift; the blocks return at once when it is found    (solved only)
-//   settle               one block: ends the search where those were not enough                        (solved only)
-//   write                the result and its sums
-//   finish               one block: statistics from those sums
+//   evaluate x kEvaluations   sums at the current shift; the blocks return at once when it is found (solved
+//   only) settle               one block: ends the search where those were not enough (solved only) write the
+//   result and its sums finish               one block: statistics from those sums
 //
-// A launch leaves one partial sum a block. The next launch begins with every block adding these up and taking the same
-// step from them, so that the edge between two launches is the only synchronisation: no atomics, no fences, the same
-// bits on every run. Partial sums and states alternate between two buffers, one read and one written by a launch.
+// A launch leaves one partial sum a block. The next launch begins with every block adding these up and taking
+// the same step from them, so that the edge between two launches is the only synchronisation: no atomics, no
+// fences, the same bits on every run. Partial sums and states alternate between two buffers, one read and one
+// written by a launch.
 //
-// Bytes moved a float32 sample: exponential form, or a given shift, 4 (scan) + 8 (write); solved shift 4 + 2 x 4 + 8,
-// two evaluations being what Newton takes from a subsample's guess.
+// Bytes moved a float32 sample: exponential form, or a given shift, 4 (scan) + 8 (write); solved shift 4 + 2
+// x 4 + 8, two evaluations being what Newton takes from a subsample's guess.
 #pragma once
 
 #include "density_ratio_rows.cuh"
@@ -22,7 +22,8 @@ namespace refine_ext::cuda {
 inline constexpr int kThreads = 256;
 inline constexpr int kEvaluations = 5;
 inline constexpr int kPartials = 6;
-// Where the search leaves the state: the slot of the first guess, so that a given shift can skip what is between.
+// Where the search leaves the state: the slot of the first guess, so that a given shift can skip what is
+// between.
 inline constexpr int kFinalSlot = 0;
 static_assert((kEvaluations + 1) % 2 == kFinalSlot);
 inline constexpr int kGuessThreads = kMaxThreads;
@@ -31,26 +32,35 @@ inline constexpr int kSubsample = kGuessThreads * kGuessRun;
 
 // Scratch memory of one call, carved from one allocation.
 struct Workspace {
-  RowState* states;   // [2][rows]
-  double* partials;   // [2][rows][parts][kPartials]
-  double* maxima;     // [rows][parts * kThreads]: each thread's largest output, for the guess
-  double* real;       // [rows][real_parts]: sums over the real outputs of a bound
+  RowState* states;  // [2][rows]
+  double* partials;  // [2][rows][parts][kPartials]
+  double* maxima;    // [rows][parts * kThreads]: each thread's largest output, for the guess
+  double* real;      // [rows][real_parts]: sums over the real outputs of a bound
   int64_t rows, parts, real_parts;
 
-  __device__ __forceinline__ RowState& state(int slot, int64_t row) const { return states[slot * rows + row]; }
+  __device__ __forceinline__ RowState& state(int slot, int64_t row) const {
+    return states[slot * rows + row];
+  }
   __device__ __forceinline__ double* partial(int slot, int64_t row, int64_t part) const {
     return partials + ((slot * rows + row) * parts + part) * kPartials;
   }
 };
 
-// Packs on their way to a thread at a time. A pass that only reads one input needs 32 bytes in flight to keep the
-// memory busy; two inputs, or reads that share it with writes, do with a pack each.
+// Packs on their way to a thread at a time. A pass that only reads one input needs 32 bytes in flight to keep
+// the memory busy; two inputs, or reads that share it with writes, do with a pack each.
 template <class T>
 inline constexpr int kReadAhead = sizeof(T) >= 4 ? 2 : 1;
 
+// Blocks that share a multiprocessor, which sets the registers of a thread: 64; 80 for the eight samples of a
+// 16-bit pack and for the lambert form, which waits for its arithmetic anyway; 128 for float64.
+template <class T, class C, Form kForm = Form::exponential>
+inline constexpr int kResidentBlocks = sizeof(C) == 8                             ? 2
+                                       : sizeof(T) == 2 || kForm == Form::lambert ? 3
+                                                                                  : 4;
+
 template <class T, bool kWeighted, bool kExponential>
-__global__ void __launch_bounds__(kThreads, 4) scan_kernel(const RowProblem problem, const Layout layout,
-                                                          const Workspace work) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
+    scan_kernel(const RowProblem problem, const Layout layout, const Workspace work) {
   using S = typename ComputeOf<T>::type;
   constexpr int kInputs = kWeighted ? 2 : 1;
   const Team team = my_team(layout);
@@ -64,13 +74,14 @@ __global__ void __launch_bounds__(kThreads, 4) scan_kernel(const RowProblem prob
     OnlineScanPass<S, kWeighted> pass;
     for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, S>(inputs, row.out, problem.n, team, pass);
     totals = scan_totals(team, pass.scan, 0);
-    merge_exponentials(team, static_cast<double>(pass.reference), pass.sum, pass.square,
-                       pass.largest, totals);
+    merge_exponentials(team, static_cast<double>(pass.reference), pass.sum, pass.square, pass.largest,
+                       totals);
   } else {
     ScanPass<S, kWeighted> pass;
     for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, S>(inputs, row.out, problem.n, team, pass);
     if (work.maxima) {
-      work.maxima[(team.row * work.parts + team.part) * kThreads + team.rank] = static_cast<double>(pass.best);
+      work.maxima[(team.row * work.parts + team.part) * kThreads + team.rank] =
+          static_cast<double>(pass.best);
     }
     totals = scan_totals(team, pass, 0);
   }
@@ -96,7 +107,8 @@ __device__ __forceinline__ ScanTotals gather_scan(const RowProblem& problem, con
   }
   reduce<Maximum>(team, maxima);
   reduce<Sum>(team, weight);
-  ScanTotals totals{maxima[0], problem.weights ? weight[0] : static_cast<double>(problem.n), maxima[1], 0.0, 0.0, 0.0};
+  ScanTotals totals{
+      maxima[0], problem.weights ? weight[0] : static_cast<double>(problem.n), maxima[1], 0.0, 0.0, 0.0};
   if constexpr (kExponential) {
     double sums[2] = {0.0, 0.0}, largest[1] = {0.0};
     for (int64_t part = team.rank; part < work.parts; part += team.size) {
@@ -118,7 +130,7 @@ __device__ __forceinline__ ScanTotals gather_scan(const RowProblem& problem, con
 
 template <Form kForm, class C>
 __device__ __forceinline__ RowState& gather_row(const RowProblem& problem, const Workspace& work,
-                                               const Team& team) {
+                                                const Team& team) {
   const ScanTotals totals = gather_scan<kForm == Form::exponential>(problem, work, team);
   RowState& state = shared_state<1>(team);
   if (team.rank == 0) state = begin_row<kForm, C>(problem, team.row, totals);
@@ -130,18 +142,23 @@ __device__ __forceinline__ RowState& gather_row(const RowProblem& problem, const
 template <class C>
 __device__ __forceinline__ C sample_at(const void* data, Storage storage, int64_t i) {
   switch (storage) {
-    case Storage::float64: return static_cast<C>(static_cast<const double*>(data)[i]);
-    case Storage::float16: return static_cast<C>(widen(static_cast<const Half*>(data)[i]));
-    case Storage::bfloat16: return static_cast<C>(widen(static_cast<const BFloat16*>(data)[i]));
-    default: return static_cast<C>(static_cast<const float*>(data)[i]);
+    case Storage::float64:
+      return static_cast<C>(static_cast<const double*>(data)[i]);
+    case Storage::float16:
+      return static_cast<C>(widen(static_cast<const Half*>(data)[i]));
+    case Storage::bfloat16:
+      return static_cast<C>(widen(static_cast<const BFloat16*>(data)[i]));
+    default:
+      return static_cast<C>(static_cast<const float*>(data)[i]);
   }
 }
 
-// Moves the search to the shift of a subsample, which stays in registers. The ratios' mass can lie in a handful of
-// extreme samples that a subsample misses: those beyond its maximum are taken from the threads' maxima of the scan,
-// where nearly each has a thread to itself. Each thread packs its share of them in place.
+// Moves the search to the shift of a subsample, which stays in registers. The ratios' mass can lie in a
+// handful of extreme samples that a subsample misses: those beyond its maximum are taken from the threads'
+// maxima of the scan, where nearly each has a thread to itself. Each thread packs its share of them in place.
 template <Form kForm, class C>
-__global__ void __launch_bounds__(kGuessThreads, 1) guess_kernel(const RowProblem problem, const Workspace work) {
+__global__ void __launch_bounds__(kGuessThreads, 1)
+    guess_kernel(const RowProblem problem, const Workspace work) {
   const Team team = my_team({kGuessThreads, 1});
   RowState& state = gather_row<kForm, C>(problem, work, team);
   RowState& result = work.state(0, team.row);
@@ -154,9 +171,9 @@ __global__ void __launch_bounds__(kGuessThreads, 1) guess_kernel(const RowProble
 #pragma unroll
   for (int j = 0; j < kGuessRun; ++j) {
     x[j][0] = sample_at<C>(problem.h, problem.storage, offset + from + j);
-    x[j][1] = problem.weights
-                  ? sample_at<C>(problem.weights, problem.storage, team.row * problem.weight_stride + from + j)
-                  : C(1);
+    x[j][1] = problem.weights ? sample_at<C>(problem.weights, problem.storage,
+                                             team.row * problem.weight_stride + from + j)
+                              : C(1);
     scan.sample(x[j]);
   }
   scan.flush();
@@ -187,7 +204,8 @@ __global__ void __launch_bounds__(kGuessThreads, 1) guess_kernel(const RowProble
       rare.sample(extreme);
       rare.flush();
     }
-    double sums[2] = {share * bulk.ratio + mean_weight * rare.ratio, share * bulk.moment + mean_weight * rare.moment};
+    double sums[2] = {share * bulk.ratio + mean_weight * rare.ratio,
+                      share * bulk.moment + mean_weight * rare.moment};
     reduce<Sum>(team, sums);
     __syncthreads();
     if (team.rank == 0) advance<kForm>(state, problem.family, sums[0], sums[1], 1e-6);
@@ -202,8 +220,8 @@ __global__ void __launch_bounds__(kGuessThreads, 1) guess_kernel(const RowProble
 
 // The state at launch `index` of the search: what the last one left, one step on.
 template <Form kForm>
-__device__ __forceinline__ RowState& next_state(const RowProblem& problem, const Workspace& work, const Team& team,
-                                                int index) {
+__device__ __forceinline__ RowState& next_state(const RowProblem& problem, const Workspace& work,
+                                                const Team& team, int index) {
   RowState& state = shared_state<1>(team);
   if (team.rank == 0) state = work.state(index % 2, team.row);
   __syncthreads();
@@ -221,13 +239,14 @@ __device__ __forceinline__ RowState& next_state(const RowProblem& problem, const
 }
 
 template <Form kForm, class T, bool kWeighted>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>, kForm>)
     evaluate_kernel(const RowProblem problem, const Layout layout, const Workspace work, const int index) {
   using C = Compute<kForm, T>;
   constexpr int kInputs = kWeighted ? 2 : 1;
   const Team team = my_team(layout);
   const RowState& state = next_state<kForm>(problem, work, team, index);
-  const bool deferred = state.status == Status::searching && base_underflows<kForm, C>(problem.family, state.anchor);
+  const bool deferred =
+      state.status == Status::searching && base_underflows<kForm, C>(problem.family, state.anchor);
   if (team.part == 0 && team.rank == 0) {
     RowState& next = work.state((index + 1) % 2, team.row);
     next = state;
@@ -250,7 +269,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
 
 // In float64 for every storage type: it seldom has anything to do, and is compiled once.
 template <Form kForm>
-__global__ void __launch_bounds__(kMaxThreads, 1) settle_kernel(const RowProblem problem, const Workspace work) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    settle_kernel(const RowProblem problem, const Workspace work) {
   const Team team = my_team({kMaxThreads, 1});
   RowState& state = next_state<kForm>(problem, work, team, kEvaluations);
   if (team.rank == 0 && state.status == Status::deferred) state.status = Status::searching;
@@ -277,21 +297,27 @@ __global__ void __launch_bounds__(kMaxThreads, 1) settle_kernel(const RowProblem
   }
 }
 
-// What begins the pass that writes: the settled state, or for the exponential form, which needs no search, the scan's.
+// What begins the pass that writes: the settled state, or for the exponential form, which needs no search,
+// the scan's.
 template <Form kForm, class C>
-__device__ __forceinline__ RowState& final_state(const RowProblem& problem, const Workspace& work, const Team& team) {
+__device__ __forceinline__ RowState& final_state(const RowProblem& problem, const Workspace& work,
+                                                 const Team& team) {
   if constexpr (kForm == Form::exponential) return gather_row<kForm, C>(problem, work, team);
   return work.state(kFinalSlot, team.row);
 }
 
-template <Form kForm, class T, Output kOutput>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 : 2)
+// N is what the formula is evaluated in: of a form that holds g, rows where float32 cannot are left to the
+// kernel with N = double, and the other way round.
+template <Form kForm, class T, Output kOutput, class N>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, N, kForm>)
     write_kernel(const RowProblem problem, const Layout layout, const Workspace work, RatioStats* stats) {
   using S = typename ComputeOf<T>::type;
   using C = Compute<kForm, T>;
   const Team team = my_team(layout);
   const RowState& state = final_state<kForm, C>(problem, work, team);
   const RowPointers<T> row = row_pointers<T>(problem, team.row);
+  constexpr bool kWide = sizeof(N) > sizeof(C);
+  if (base_underflows<kForm, C>(problem.family, state.anchor) != kWide) return;
   if (kForm == Form::exponential && team.part == 0 && team.rank == 0) {
     stats[team.row] = state.status == Status::settled ? state.stats : invalid_stats();
   }
@@ -303,18 +329,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
     ShiftPass<S, kOutput> pass(state.anchor, 1.0);
     for_samples<kReadAhead<T>, true, 1, S>({row.h}, row.out, problem.n, team, pass);
   } else {
-    RowSums sums;
-    const auto write_in = [&](auto number) {
-      using N = decltype(number);
-      WritePass<kForm, N, kOutput> pass(problem.family, state.anchor, 1.0);
-      for_samples<1, kOutput != Output::none, 2, N>({row.h, row.weights}, row.out, problem.n, team, pass);
-      sums = row_sums(team, pass);
-    };
-    if (kOutput != Output::none && base_underflows<kForm, C>(problem.family, state.anchor)) {
-      if constexpr (kOutput != Output::none && kHoldsBase<kForm, C>) write_in(double{});
-    } else {
-      write_in(C{});
-    }
+    WritePass<kForm, N, kOutput> pass(problem.family, state.anchor, 1.0);
+    for_samples<1, kOutput != Output::none, 2, N>({row.h, row.weights}, row.out, problem.n, team, pass);
+    const RowSums sums = row_sums(team, pass);
     if (team.rank != 0) return;
     double* partial = work.partial(1, team.row, team.part);
     partial[0] = sums.ratio;
@@ -326,8 +343,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<kForm, T>) == 4 ? 4 :
 
 // Sums over real outputs, for finish_kernel.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) real_sum_kernel(const BoundArguments bound, const Layout layout,
-                                                              const int64_t rows, double* sums) {
+__global__ void __launch_bounds__(kThreads, 4)
+    real_sum_kernel(const BoundArguments bound, const Layout layout, const int64_t rows, double* sums) {
   using S = typename ComputeOf<T>::type;
   const Team team = my_team(layout);
   if (team.row >= rows) return;
@@ -345,8 +362,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const RowProblem probl
                                                           RatioStats* stats, const BoundArguments bound) {
   const Team team = my_team({kThreads, 1});
   const bool exponential = problem.family.form == Form::exponential;
-  const RowState& state = exponential ? gather_row<Form::exponential, C>(problem, work, team)
-                                      : work.state(kFinalSlot, team.row);
+  const RowState& state =
+      exponential ? gather_row<Form::exponential, C>(problem, work, team) : work.state(kFinalSlot, team.row);
   double sums[4] = {0.0, 0.0, 0.0, 0.0}, largest[1] = {0.0};
   for (int64_t part = team.rank; part < work.parts && !exponential; part += team.size) {
     const double* partial = work.partial(1, team.row, part);

@@ -1,5 +1,5 @@
-// Short rows: one launch, one team a row. The row is read again for every step of the search, from the caches: device
-// memory sees each sample read once and each result written once, 8 bytes a float32 sample.
+// Short rows: one launch, one team a row. The row is read again for every step of the search, from the
+// caches: device memory sees each sample read once and each result written once, 8 bytes a float32 sample.
 #pragma once
 
 #include "density_ratio_ops.cuh"
@@ -41,8 +41,8 @@ __device__ __forceinline__ void write_bound(const BoundArguments& bound, const R
   }
 }
 
-__device__ __forceinline__ double mean_conjugate(const RowState& state, const RatioStats& stats, const Family& family,
-                                                 double conjugate_sum) {
+__device__ __forceinline__ double mean_conjugate(const RowState& state, const RatioStats& stats,
+                                                 const Family& family, double conjugate_sum) {
   if (family.form == Form::exponential) return ::exp(stats.log_sum - stats.log_weight);
   return conjugate_sum / state.weight + family.conjugate_offset;
 }
@@ -58,8 +58,8 @@ template <class T>
 __device__ __forceinline__ RowPointers<T> row_pointers(const RowProblem& problem, int64_t row) {
   const T* weights = static_cast<const T*>(problem.weights);
   T* out = static_cast<T*>(problem.out);
-  return {static_cast<const T*>(problem.h) + row * problem.n, weights ? weights + row * problem.weight_stride : nullptr,
-          out ? out + row * problem.n : nullptr};
+  return {static_cast<const T*>(problem.h) + row * problem.n,
+          weights ? weights + row * problem.weight_stride : nullptr, out ? out + row * problem.n : nullptr};
 }
 
 // The sums of a pass over the row, by every thread of the team.
@@ -75,8 +75,9 @@ __device__ __forceinline__ RowSums row_sums(const Team& team, const P& pass) {
 }
 
 template <Form kForm, class T>
-__global__ void __launch_bounds__(kMaxThreads) density_ratio_rows_kernel(const RowProblem problem, const Layout layout,
-                                                                         RatioStats* stats, const BoundArguments bound) {
+__global__ void __launch_bounds__(kMaxThreads)
+    density_ratio_rows_kernel(const RowProblem problem, const Layout layout, RatioStats* stats,
+                              const BoundArguments bound) {
   using S = typename ComputeOf<T>::type;
   using C = Compute<kForm, T>;
   const Team team = my_team(layout);
@@ -157,16 +158,18 @@ __global__ void __launch_bounds__(kMaxThreads) density_ratio_rows_kernel(const R
   double real[1] = {0.0};
   if (bound.values) {
     SumPass<S> sum;
-    for_samples<1, false, 1, S>({static_cast<const T*>(bound.real) + team.row * bound.real_n}, row.out, bound.real_n,
-                                team, sum);
+    for_samples<1, false, 1, S>({static_cast<const T*>(bound.real) + team.row * bound.real_n}, row.out,
+                                bound.real_n, team, sum);
     real[0] = sum.total;
     reduce<Sum>(team, real);
   }
   if (team.rank != 0) return;
-  const RatioStats result = finish_row(state, problem.family, problem.fixed, sums.ratio, sums.square, sums.largest);
+  const RatioStats result =
+      finish_row(state, problem.family, problem.fixed, sums.ratio, sums.square, sums.largest);
   stats[team.row] = result;
   if (bound.values) {
-    write_bound(bound, result, team.row, real[0], mean_conjugate(state, result, problem.family, sums.conjugate));
+    write_bound(bound, result, team.row, real[0],
+                mean_conjugate(state, result, problem.family, sums.conjugate));
   }
 }
 

@@ -1,6 +1,6 @@
-// The one way a kernel is launched: 64-bit sizes, empty input, the launch check. The device guard and the current
-// stream belong to csrc/ops. The same source also runs on the host (tests/cuda_on_cpu), where REFINE_EXT_CUDA_ON_CPU
-// brings a header that stands in for the CUDA runtime.
+// The one way a kernel is launched: 64-bit sizes, empty input, the launch check. The device guard and the
+// current stream belong to csrc/ops. The same source also runs on the host (tests/cuda_on_cpu), where
+// REFINE_EXT_CUDA_ON_CPU brings a header that stands in for the CUDA runtime.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +52,10 @@ void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, v
     throw std::runtime_error(std::string(op) + ": input too large for one launch, would take " +
                              std::to_string(blocks) + " blocks");
   }
+  // clang-format off
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<P>(arguments)...);
+  // clang-format on
   check(cudaGetLastError(), op);
 }
 

@@ -9,16 +9,29 @@ inline constexpr int kMaxThreads = 512;
 inline constexpr int kMaxWarps = kMaxThreads / kWarp;
 
 struct Sum {
-  static __device__ __forceinline__ double neutral() { return 0.0; }
-  static __device__ __forceinline__ double merge(double a, double b) { return a + b; }
+  template <class V>
+  static __device__ __forceinline__ V neutral() {
+    return V(0);
+  }
+  template <class V>
+  static __device__ __forceinline__ V merge(V a, V b) {
+    return a + b;
+  }
 };
 struct Maximum {  // skips NaN
-  static __device__ __forceinline__ double neutral() { return -std::numeric_limits<double>::infinity(); }
-  static __device__ __forceinline__ double merge(double a, double b) { return b > a ? b : a; }
+  template <class V>
+  static __device__ __forceinline__ V neutral() {
+    return std::numeric_limits<V>::has_infinity ? -std::numeric_limits<V>::infinity()
+                                                : std::numeric_limits<V>::lowest();
+  }
+  template <class V>
+  static __device__ __forceinline__ V merge(V a, V b) {
+    return b > a ? b : a;
+  }
 };
 
-template <class Monoid, int kCount>
-__device__ __forceinline__ void reduce_warp(double (&values)[kCount]) {
+template <class Monoid, class V, int kCount>
+__device__ __forceinline__ void reduce_warp(V (&values)[kCount]) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
 #pragma unroll
@@ -29,11 +42,11 @@ __device__ __forceinline__ void reduce_warp(double (&values)[kCount]) {
 }
 
 // A block team calls this with all of its threads.
-template <class Monoid, int kCount>
-__device__ __forceinline__ void reduce(const Team& team, double (&values)[kCount]) {
+template <class Monoid, class V, int kCount>
+__device__ __forceinline__ void reduce(const Team& team, V (&values)[kCount]) {
   reduce_warp<Monoid>(values);
   if (team.size == kWarp) return;
-  REFINE_EXT_SHARED(double, parts, [kCount][kMaxWarps]);
+  REFINE_EXT_SHARED(V, parts, [kCount][kMaxWarps]);
   const int warp = team.rank / kWarp, lane = team.rank % kWarp, warps = team.size / kWarp;
   if (lane == 0) {
 #pragma unroll
@@ -41,9 +54,32 @@ __device__ __forceinline__ void reduce(const Team& team, double (&values)[kCount
   }
   __syncthreads();
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) values[k] = lane < warps ? parts[k][lane] : Monoid::neutral();
+  for (int k = 0; k < kCount; ++k) values[k] = lane < warps ? parts[k][lane] : Monoid::template neutral<V>();
   __syncthreads();
   reduce_warp<Monoid>(values);
+}
+
+// Running sums of a block of `size` threads, this thread's value included; `total` is the block's.
+template <class V>
+__device__ __forceinline__ V running_sum(const Team& team, V value, V& total) {
+  const int warp = team.rank / kWarp, lane = team.rank % kWarp, warps = team.size / kWarp;
+  V sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const V before = __shfl_up_sync(kFullMask, sum, distance);
+    sum += lane >= distance ? before : V(0);
+  }
+  REFINE_EXT_SHARED(V, ends, [kMaxWarps]);
+  if (lane == kWarp - 1) ends[warp] = sum;
+  __syncthreads();
+  V before = V(0);
+  total = V(0);
+  for (int w = 0; w < warps; ++w) {
+    before += w < warp ? ends[w] : V(0);
+    total += ends[w];
+  }
+  __syncthreads();
+  return before + sum;
 }
 
 __device__ __forceinline__ void synchronise(const Team& team) {

@@ -1,5 +1,5 @@
-// How a block walks over the samples of a row: packs of 16 bytes, the next ones on their way while these are computed,
-// and single samples where the row's ends are not aligned. The formulas come as an `op`:
+// How a block walks over the samples of a row: packs of 16 bytes, the next ones on their way while these are
+// computed, and single samples where the row's ends are not aligned. The formulas come as an `op`:
 //
 //   void op.inspect(const C* x)    sees every sample of a pack (at most 16 bytes of them),
 //   void op.prepare()              then comes this,
@@ -11,17 +11,17 @@
 
 namespace refine_ext::cuda {
 
-// Which threads work on which row. A row is cut into `parts`, each for a team of `team` threads: one warp, several of
-// which share a block, or a whole block.
+// Which threads work on which row. A row is cut into `parts`, each for a team of `team` threads: one warp,
+// several of which share a block, or a whole block.
 struct Layout {
   int team;
   int64_t parts;
 };
 
 struct Team {
-  int rank;      // in [0, size)
-  int size;      // kWarp, or the block
-  int index;     // among the teams of the block
+  int rank;   // in [0, size)
+  int size;   // kWarp, or the block
+  int index;  // among the teams of the block
   int64_t row;
   int64_t part;
   int64_t first;   // of the threads that share the row: this one's rank,
@@ -43,6 +43,7 @@ __device__ __forceinline__ Team my_team(const Layout& layout) {
   return team;
 }
 
+// The base of every op: nothing to inspect, nothing to flush.
 struct Pass {
   template <class C>
   __device__ __forceinline__ void inspect(const C*) {}
@@ -50,10 +51,11 @@ struct Pass {
   __device__ __forceinline__ void flush() {}
 };
 
-// kAhead packs of each input are on their way while as many are computed. in[k] == nullptr stands for a row of ones.
+// kAhead packs of each input are on their way while as many are computed. in[k] == nullptr stands for a row
+// of ones.
 template <int kAhead, bool kWrite, int kInputs, class C, class T, class Op>
-__device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* out, int64_t n, const Team& team,
-                                            Op& op) {
+__device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* out, int64_t n,
+                                            const Team& team, Op& op) {
   constexpr int kWidth = kLanes<T>;
   const int64_t misaligned = static_cast<int64_t>((reinterpret_cast<uintptr_t>(in[0]) % 16) / sizeof(T));
   const int64_t before = misaligned == 0 ? 0 : kWidth - misaligned;
@@ -78,13 +80,13 @@ __device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* ou
   for (int k = 0; k < kInputs; ++k) aligned[k] = is_aligned(in[k] + head);
   [[maybe_unused]] const bool out_aligned = kWrite && is_aligned(out + head);
 
-  const auto fetch = [&](int64_t pack, uint4 (&raw)[kInputs]) {
+  const auto fetch = [&](int64_t pack, uint4(&raw)[kInputs]) {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
       if (in[k]) raw[k] = load_pack(in[k] + head + pack * kWidth, aligned[k]);
     }
   };
-  const auto process = [&](int64_t pack, const uint4 (&raw)[kInputs]) {
+  const auto process = [&](int64_t pack, const uint4(&raw)[kInputs]) {
     T lanes[kInputs][kWidth], results[kWidth];
     C x[kWidth][kInputs];
 #pragma unroll

@@ -32,7 +32,9 @@ __device__ __forceinline__ To from_bits(From value) {
 
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(BFloat16 value) { return from_bits<float>(uint32_t{value.bits} << 16); }
+__device__ __forceinline__ float widen(BFloat16 value) {
+  return from_bits<float>(uint32_t{value.bits} << 16);
+}
 __device__ __forceinline__ float widen(Half value) {
 #if defined(REFINE_EXT_CUDA_ON_CPU)
   return cuda_on_cpu::half_to_float(value.bits);
@@ -60,8 +62,12 @@ __device__ __forceinline__ void narrow(float value, Half& result) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
 #endif
 }
-__device__ __forceinline__ void narrow(double value, BFloat16& result) { narrow(static_cast<float>(value), result); }
-__device__ __forceinline__ void narrow(double value, Half& result) { narrow(static_cast<float>(value), result); }
+__device__ __forceinline__ void narrow(double value, BFloat16& result) {
+  narrow(static_cast<float>(value), result);
+}
+__device__ __forceinline__ void narrow(double value, Half& result) {
+  narrow(static_cast<float>(value), result);
+}
 
 template <class T>
 inline constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
@@ -73,7 +79,8 @@ __device__ __forceinline__ bool is_aligned(const T* p) {
 
 template <class T>
 __device__ __forceinline__ uint4 load_pack(const T* p, bool aligned) {
-  if (aligned) return *reinterpret_cast<const uint4*>(p);
+  // By intrinsic: as plain code the two branches are merged into one of small accesses.
+  if (aligned) return __ldca(reinterpret_cast<const uint4*>(p));
   T lanes[kLanes<T>];
 #pragma unroll
   for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = p[lane];
@@ -87,7 +94,7 @@ __device__ __forceinline__ void store_pack(T* p, bool aligned, const T (&lanes)[
   if (aligned) {
     uint4 pack;
     memcpy(&pack, lanes, sizeof(pack));
-    *reinterpret_cast<uint4*>(p) = pack;
+    __stwb(reinterpret_cast<uint4*>(p), pack);
     return;
   }
 #pragma unroll

@@ -1,10 +1,11 @@
-// Runs CUDA kernels on the host, for tests: the very same .cuh files, compiled by a host compiler and its sanitizers.
-// Each CUDA thread is a fiber; the fibers of a block take turns on one OS thread and blocks run one after another, so
-// a run is deterministic. What a GPU would leave undefined is reported: barriers that not every thread reaches, shuffles
-// across lanes that are not there, and, by the sanitizers, accesses out of bounds or out of order.
+// Runs CUDA kernels on the host, for tests: the very same .cuh files, compiled by a host compiler and its
+// sanitizers. Each CUDA thread is a fiber; the fibers of a block take turns on one OS thread and blocks run
+// one after another, so a run is deterministic. What a GPU would leave undefined is reported: barriers that
+// not every thread reaches, shuffles across lanes that are not there, and, by the sanitizers, accesses out of
+// bounds or out of order.
 //
-// Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor shuffles, static shared
-// memory (REFINE_EXT_SHARED), 16-byte packs.
+// Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up
+// shuffles, static shared memory (REFINE_EXT_SHARED), 16-byte packs.
 #pragma once
 
 #include <cmath>
@@ -21,6 +22,10 @@
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+
+// Loads and stores of a pack, with the default caching.
+inline uint4 __ldca(const uint4* p) { return *p; }
+inline void __stwb(uint4* p, const uint4& value) { *p = value; }
 
 namespace cuda_on_cpu {
 
@@ -44,8 +49,8 @@ void warp_barrier(const char* file, int line);
 inline constexpr int kSlotBytes = 16;
 const unsigned char* exchange(const void* value, size_t bytes, const char* file, int line);
 
-// Runs `body` once for every thread of every block. The order of the blocks, and of a block's threads, follows
-// CUDA_ON_CPU_ORDER: forward, reverse or shuffled.
+// Runs `body` once for every thread of every block. The order of the blocks, and of a block's threads,
+// follows CUDA_ON_CPU_ORDER: forward, reverse or shuffled.
 void run(const char* name, int64_t blocks, int threads, const std::function<void()>& body);
 int multiprocessors();  // CUDA_ON_CPU_MULTIPROCESSORS, 2 unless told
 
@@ -53,7 +58,7 @@ float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
 
 template <class T>
-T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line);
+T shuffle(unsigned mask, T value, int source, const char* file, int line);
 
 }  // namespace cuda_on_cpu
 
@@ -62,27 +67,30 @@ T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line);
 #define blockDim (cuda_on_cpu::position().block_size)
 #define __syncthreads() cuda_on_cpu::barrier(__FILE__, __LINE__)
 #define __syncwarp() cuda_on_cpu::warp_barrier(__FILE__, __LINE__)
+#define REFINE_EXT_LANE (static_cast<int>(threadIdx.x % 32))
 #define __shfl_xor_sync(mask, value, distance) \
-  cuda_on_cpu::shuffle_xor(mask, value, distance, __FILE__, __LINE__)
+  cuda_on_cpu::shuffle(mask, value, REFINE_EXT_LANE ^ (distance), __FILE__, __LINE__)
+#define __shfl_up_sync(mask, value, distance)                                                         \
+  cuda_on_cpu::shuffle(mask, value,                                                                   \
+                       REFINE_EXT_LANE < (distance) ? REFINE_EXT_LANE : REFINE_EXT_LANE - (distance), \
+                       __FILE__, __LINE__)
 
-#define REFINE_EXT_SHARED(type, name, dims)                                  \
-  static char name##_key;                                                    \
-  using name##_type = type dims;                                             \
-  name##_type& name = *static_cast<name##_type*>(                            \
-      cuda_on_cpu::shared_memory(&name##_key, sizeof(name##_type)))
+#define REFINE_EXT_SHARED(type, name, dims) \
+  static char name##_key;                   \
+  using name##_type = type dims;            \
+  name##_type& name = *static_cast<name##_type*>(cuda_on_cpu::shared_memory(&name##_key, sizeof(name##_type)))
 
 namespace cuda_on_cpu {
 
 [[noreturn]] void die(const char* message, const char* file, int line);
 
 template <class T>
-T shuffle_xor(unsigned mask, T value, int distance, const char* file, int line) {
+T shuffle(unsigned mask, T value, int source, const char* file, int line) {
   static_assert(sizeof(T) <= kSlotBytes);
   if (mask != 0xffffffffu) die("only full-mask shuffles are modelled", file, line);
-  const int lane = static_cast<int>(position().thread.x % 32);
   const unsigned char* slots = exchange(&value, sizeof(T), file, line);
   T result;
-  std::memcpy(&result, slots + (lane ^ distance) * kSlotBytes, sizeof(T));
+  std::memcpy(&result, slots + source * kSlotBytes, sizeof(T));
   return result;
 }
 

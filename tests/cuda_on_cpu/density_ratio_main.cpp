@@ -1,5 +1,6 @@
-// Runs requests from standard input on the emulated kernels, through the launchers of csrc/cuda, and answers on standard
-// output. Every buffer has exactly the size it needs, on the heap, so that the sanitizers see one element too far.
+// Runs requests from standard input on the emulated kernels, through the launchers of csrc/cuda, and answers
+// on standard output. Every buffer has exactly the size it needs, on the heap, so that the sanitizers see one
+// element too far.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -55,9 +56,11 @@ void serve(const Request& request, Buffer (&in)[kInputs]) {
   const Family family = make_family(static_cast<Divergence>(request.divergence), request.alpha);
   const size_t rows = static_cast<size_t>(request.rows), n = static_cast<size_t>(request.n);
   Buffer out, stats, values, workspace;
-  if (!request.in_place) out = Buffer(rows * n * element, static_cast<size_t>(request.out_misaligned) * element, 0xab);
+  if (!request.in_place)
+    out = Buffer(rows * n * element, static_cast<size_t>(request.out_misaligned) * element, 0xab);
   if (request.op == ratio || request.op == bound) stats = Buffer(rows * sizeof(RatioStats), 0, 0xab);
-  if (request.op == bound || request.op == dual_bound) values = Buffer(rows * (request.wide ? 8 : 4), 0, 0xab);
+  if (request.op == bound || request.op == dual_bound)
+    values = Buffer(rows * (request.wide ? 8 : 4), 0, 0xab);
   DensityRatioProblem problem{in[h_in].data,
                               in[weights_in].data,
                               request.in_place ? in[h_in].data : out.data,
@@ -79,7 +82,8 @@ void serve(const Request& request, Buffer (&in)[kInputs]) {
   const void* other = in[other_in].data;
   switch (request.op) {
     case ratio:
-      cuda::density_ratio(problem, fixed, stats_rows, scratch(cuda::density_ratio_workspace(problem, fixed)), nullptr);
+      cuda::density_ratio(problem, fixed, stats_rows, scratch(cuda::density_ratio_workspace(problem, fixed)),
+                          nullptr);
       break;
     case bound: {
       const cuda::RealOutputs real{other, request.real_n};
@@ -101,16 +105,17 @@ void serve(const Request& request, Buffer (&in)[kInputs]) {
     case slope: {
       // A gradient a row comes as grad_stats.
       const void* per_row = in[grad_stats_in].data;
-      cuda::dual_slope(storage, in[h_in].data, per_row ? nullptr : other, per_row, wide, problem.out, request.rows,
-                       request.n, family, flag, nullptr);
+      cuda::dual_slope(storage, in[h_in].data, per_row ? nullptr : other, per_row, wide, problem.out,
+                       request.rows, request.n, family, flag, nullptr);
       break;
     }
     case dual_bound:
-      cuda::dual_bound(storage, other, in[h_in].data, request.rows, request.real_n, request.n, family, values.data,
-                       wide, scratch(cuda::dual_bound_workspace(storage, request.rows, request.real_n, request.n)),
-                       nullptr);
+      cuda::dual_bound(
+          storage, other, in[h_in].data, request.rows, request.real_n, request.n, family, values.data, wide,
+          scratch(cuda::dual_bound_workspace(storage, request.rows, request.real_n, request.n)), nullptr);
       break;
-    default: std::abort();
+    default:
+      std::abort();
   }
   answer(request.in_place ? in[h_in] : out);
   answer(stats);
@@ -131,7 +136,8 @@ int main() {
       if (size == 0) continue;
       const bool samples = &buffer == in || &buffer == in + weights_in || &buffer == in + other_in;
       const bool rows_of_doubles = &buffer == in + other_in && request.op == bound_backward;
-      const size_t offset = samples && !rows_of_doubles ? static_cast<size_t>(request.misaligned) * element : 0;
+      const size_t offset =
+          samples && !rows_of_doubles ? static_cast<size_t>(request.misaligned) * element : 0;
       buffer = Buffer(static_cast<size_t>(size), offset, 0);
       if (!read_exactly(buffer.data, buffer.bytes)) return 2;
     }

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,22 +21,26 @@ CUDA = HERE.parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("g++")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-fno-omit-frame-pointer"]
 FLAGS += ["-DREFINE_EXT_CUDA_ON_CPU", f"-I{HERE}", "-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-Wno-unknown-pragmas"]
+FLAGS += ["-Wno-unknown-pragmas", "-ffp-contract=off"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
 RUNTIME_FLAGS = {"address": "-DCUDA_ON_CPU_ASAN", "thread": "-DCUDA_ON_CPU_TSAN"}
 
-KERNELS = sorted(CUDA.glob("density_ratio*.cu"))
-# The race check instruments every access; one storage type is enough for it.
-KERNELS_OF = {
-    "address": KERNELS,
-    "thread": [
-        HERE / "float32_only.cpp",
-        *(k for k in KERNELS if "16" not in k.stem and "64" not in k.stem),
-    ],
-}
+
+def _kernels(program: str, sanitizer: str) -> list[Path]:
+    """The sources of csrc/cuda that a program links."""
+    if program == "planted_bugs":
+        return []
+    if program == "resampling_main":
+        return [CUDA / "resampling.cu"]
+    kernels = sorted(CUDA.glob("density_ratio*.cu"))
+    if sanitizer == "address":
+        return kernels
+    # The race check instruments every access; one storage type is enough for it.
+    others = [kernel for kernel in kernels if "16" not in kernel.stem and "64" not in kernel.stem]
+    return [HERE / "float32_only.cpp", *others]
 
 
 def _make(command: list[str], target: Path) -> None:
@@ -57,7 +62,7 @@ def _sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def build(program: str, sanitizer: str, kernels: bool = True) -> Path:
+def build(program: str, sanitizer: str) -> Path:
     """The path of `program`.cpp compiled with the emulation; built once per state of the sources."""
     assert COMPILER is not None
     folder = Path(tempfile.gettempdir()) / f"refine_ext_cuda_on_cpu_{os.getuid()}_{_sources_hash()}"
@@ -70,7 +75,7 @@ def build(program: str, sanitizer: str, kernels: bool = True) -> Path:
         flags = [COMPILER, *FLAGS, *SANITIZERS[sanitizer]]
         # The runtime is not instrumented: it is what tells the sanitizer about fibers.
         commands = {HERE / "runtime.cpp": [COMPILER, *FLAGS, RUNTIME_FLAGS[sanitizer]]}
-        for source in [HERE / f"{program}.cpp", *(KERNELS_OF[sanitizer] if kernels else [])]:
+        for source in [HERE / f"{program}.cpp", *_kernels(program, sanitizer)]:
             commands[source] = flags
         objects = {source: folder / f"{sanitizer}_{source.stem}.o" for source in commands}
         jobs = []
@@ -123,11 +128,11 @@ def decode(stored: np.ndarray, storage: str) -> np.ndarray:
     return stored.astype(np.float64)
 
 
-class Emulator:
-    """A process that runs the emulated kernels, one request at a time."""
+class Process:
+    """A program of this folder: requests on its standard input, arrays on its standard output."""
 
     def __init__(self, program: Path, **settings: str) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 — open as long as the process
         self._process = subprocess.Popen(
             [str(program)],
             stdin=subprocess.PIPE,
@@ -153,6 +158,23 @@ class Emulator:
             self._process.wait()
             raise AssertionError(f"the emulation stopped:\n{self._report()}")
         return data
+
+    def ask(self, request: bytes, arrays: Sequence[np.ndarray | None], answers: int) -> list[bytes]:
+        """Sends a request and its arrays, each after its size; returns so many arrays' bytes."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(request)
+            for array in arrays:
+                data = b"" if array is None else np.ascontiguousarray(array).tobytes()
+                self._process.stdin.write(struct.pack("<q", len(data)) + data)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise AssertionError(f"the emulation stopped:\n{self._report()}") from None
+        return [self._receive(struct.unpack("<q", self._receive(8))[0]) for _ in range(answers)]
+
+
+class Emulator(Process):
+    """Runs the density-ratio kernels, one request at a time."""
 
     def call(
         self,
@@ -187,16 +209,7 @@ class Emulator:
             *(flag, wide, in_place, misaligned),
             misaligned if out_misaligned is None else out_misaligned,
         )
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(request)
-            for array in (h, weights, shift, other, stats, grad_stats):
-                data = b"" if array is None else np.ascontiguousarray(array).tobytes()
-                self._process.stdin.write(struct.pack("<q", len(data)) + data)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise AssertionError(f"the emulation stopped:\n{self._report()}") from None
-        parts = [self._receive(struct.unpack("<q", self._receive(8))[0]) for _ in range(3)]
+        parts = self.ask(request, (h, weights, shift, other, stats, grad_stats), answers=3)
         return Answer(
             np.frombuffer(parts[0], dtype=h.dtype).reshape(h.shape),
             np.frombuffer(parts[1], dtype=np.float64).reshape(-1, 8),

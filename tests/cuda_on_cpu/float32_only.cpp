@@ -14,8 +14,8 @@ void DensityRatioLaunches<T>::bound_backward(const RowProblem&, const RatioStats
   std::abort();
 }
 template <class T>
-void DensityRatioLaunches<T>::backward(const RowProblem&, const void*, const void*, const RatioStats*, const double*,
-                                       double*, void*) {
+void DensityRatioLaunches<T>::backward(const RowProblem&, const void*, const void*, const RatioStats*,
+                                       const double*, double*, void*) {
   std::abort();
 }
 template <class T>
@@ -28,7 +28,8 @@ void DensityRatioLaunches<T>::slope(const void*, const void*, const void*, bool,
   std::abort();
 }
 template <class T>
-void DensityRatioLaunches<T>::sum(const void*, int64_t, int64_t, const Family&, bool, Storage, double*, void*) {
+void DensityRatioLaunches<T>::sum(const void*, int64_t, int64_t, const Family&, bool, Storage, double*,
+                                  void*) {
   std::abort();
 }
 

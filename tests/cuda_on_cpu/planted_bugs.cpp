@@ -1,5 +1,5 @@
-// Kernels with one mistake each; test_cuda_on_cpu.py checks that the emulation reports every one of them, and that the
-// first, which has none, passes.
+// Kernels with one mistake each; test_cuda_on_cpu.py checks that the emulation reports every one of them, and
+// that the first, which has none, passes.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -83,7 +83,8 @@ int main(int, char** arguments) {
   std::memset(in, 0, 255 * sizeof(float));
   std::vector<double> out(1);
 #define REFINE_EXT_RUN(kernel, blocks) \
-  if (wanted == #kernel) launch(#kernel, kernel, blocks, 64, nullptr, static_cast<const float*>(in), out.data());
+  if (wanted == #kernel)               \
+    launch(#kernel, kernel, blocks, 64, nullptr, static_cast<const float*>(in), out.data());
   REFINE_EXT_RUN(none, 1)
   REFINE_EXT_RUN(missing_barrier, 1)
   REFINE_EXT_RUN(overwritten_tile, 1)

@@ -1,8 +1,7 @@
-// The fibers behind cuda_on_cpu.h. With -DCUDA_ON_CPU_TSAN this file itself is compiled without the sanitizer and tells
-// it about fibers and barriers instead: then a race between two CUDA threads is one between two fibers, although a
-// single OS thread runs them. With -DCUDA_ON_CPU_ASAN it tells that sanitizer which stack is in use.
-#include "cuda_on_cpu.h"
-
+// The fibers behind cuda_on_cpu.h. With -DCUDA_ON_CPU_TSAN this file itself is compiled without the sanitizer
+// and tells it about fibers and barriers instead: then a race between two CUDA threads is one between two
+// fibers, although a single OS thread runs them. With -DCUDA_ON_CPU_ASAN it tells that sanitizer which stack
+// is in use.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,6 +13,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "cuda_on_cpu.h"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -71,8 +72,8 @@ constexpr size_t kStackBytes = size_t{256} << 10, kGuardBytes = 4096;
 constexpr size_t kSharedBytes = size_t{48} << 10;
 constexpr int kLanes = 32, kMaxBlock = 1024;
 
-// Threads wait here until all of a group have come. Its two objects carry the order that it makes, by generation: a
-// thread that leaves late must not take over what was released for the next time.
+// Threads wait here until all of a group have come. Its two objects carry the order that it makes, by
+// generation: a thread that leaves late must not take over what was released for the next time.
 struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
@@ -114,9 +115,10 @@ struct Block {
   };
   std::vector<Shared> shared;
 #if defined(CUDA_ON_CPU_TSAN)
-  // Mapped by the host before the block starts: the sanitizer takes the mapping for a write of whoever does it.
-  unsigned char* arena = static_cast<unsigned char*>(
-      mmap(nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  // Mapped by the host before the block starts: the sanitizer takes the mapping for a write of whoever does
+  // it.
+  unsigned char* arena = static_cast<unsigned char*>(mmap(
+      nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   size_t used = 0;
   ~Block() { munmap(arena, kSharedBytes); }
 #else
@@ -155,7 +157,8 @@ void switch_to(Fiber* next) {
   __tsan_switch_to_fiber(next->tsan, 1);  // 1: without making an order
 #endif
 #if defined(CUDA_ON_CPU_ASAN)
-  __sanitizer_start_switch_fiber(last->done ? nullptr : &last->fake_stack, next->stack ? next->stack : host_stack,
+  __sanitizer_start_switch_fiber(last->done ? nullptr : &last->fake_stack,
+                                 next->stack ? next->stack : host_stack,
                                  next->stack ? kStackBytes : host_stack_bytes);
 #endif
 #if defined(__x86_64__)
@@ -176,8 +179,8 @@ void yield() {
     for (int i : turn) {
       const Fiber& other = block->fibers[i];
       if (other.waits_at != current->waits_at) {
-        std::fprintf(stderr, "cuda_on_cpu: thread %u waits at %s:%d\n", other.position.thread.x, other.waits_in,
-                     other.waits_at);
+        std::fprintf(stderr, "cuda_on_cpu: thread %u waits at %s:%d\n", other.position.thread.x,
+                     other.waits_in, other.waits_at);
       }
     }
     die("deadlock: not every thread reaches this barrier or shuffle", current->waits_in, current->waits_at);
@@ -243,16 +246,19 @@ void entry() {
 char* new_stack() {
   void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) die("no memory for stacks", "", 0);
+  if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0)
+    die("no memory for stacks", "", 0);
   return static_cast<char*>(memory) + kGuardBytes;
 }
 
 void prepare(Fiber& fiber, int index, int64_t block_index, int threads, int set) {
   while (static_cast<int>(stacks[set].size()) <= index) stacks[set].push_back(new_stack());
   fiber.stack = stacks[set][static_cast<size_t>(index)];
-  fiber.position = {{static_cast<unsigned>(index)}, {static_cast<unsigned>(block_index)}, {static_cast<unsigned>(threads)}};
+  fiber.position = {
+      {static_cast<unsigned>(index)}, {static_cast<unsigned>(block_index)}, {static_cast<unsigned>(threads)}};
 #if defined(CUDA_ON_CPU_TSAN)
-  while (static_cast<int>(tsan_fibers[set].size()) <= index) tsan_fibers[set].push_back(__tsan_create_fiber(0));
+  while (static_cast<int>(tsan_fibers[set].size()) <= index)
+    tsan_fibers[set].push_back(__tsan_create_fiber(0));
   fiber.tsan = tsan_fibers[set][static_cast<size_t>(index)];
 #endif
 #if defined(__x86_64__)
@@ -333,7 +339,8 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
   if (threads % kLanes != 0 || threads > kMaxBlock || threads <= 0) die("unusable block size", name, threads);
   kernel = &body;
   kernel_name = name;
-  // Blocks are kept to the end: their memory must not be reused by another, which would look like an order or a race.
+  // Blocks are kept to the end: their memory must not be reused by another, which would look like an order or
+  // a race.
   std::vector<std::unique_ptr<Block>> finished;
   int set = 0;
   for (int64_t index : order_of(blocks, 1)) {
@@ -344,7 +351,8 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
     block->alive = threads;
     block->shared.reserve(64);
     turn.clear();
-    for (int64_t thread : order_of(threads, static_cast<unsigned>(index) + 7)) turn.push_back(static_cast<int>(thread));
+    for (int64_t thread : order_of(threads, static_cast<unsigned>(index) + 7))
+      turn.push_back(static_cast<int>(thread));
     for (int thread = 0; thread < threads; ++thread) {
       prepare(block->fibers[static_cast<size_t>(thread)], thread, index, threads, set);
     }
