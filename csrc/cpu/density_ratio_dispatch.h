@@ -10,10 +10,14 @@ namespace {
 template <class F>
 auto with_storage(Storage storage, F&& f) {
   switch (storage) {
-    case Storage::float64: return f(double{});
-    case Storage::float16: return f(Half{});
-    case Storage::bfloat16: return f(BFloat16{});
-    default: return f(float{});
+    case Storage::float64:
+      return f(double{});
+    case Storage::float16:
+      return f(Half{});
+    case Storage::bfloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
   }
 }
 
@@ -25,14 +29,22 @@ struct FormTag {
 template <class F>
 auto with_form(Form form, F&& f) {
   switch (form) {
-    case Form::exponential: return f(FormTag<Form::exponential>{});
-    case Form::reciprocal: return f(FormTag<Form::reciprocal>{});
-    case Form::inverse_square: return f(FormTag<Form::inverse_square>{});
-    case Form::inverse_sqrt: return f(FormTag<Form::inverse_sqrt>{});
-    case Form::linear: return f(FormTag<Form::linear>{});
-    case Form::logistic: return f(FormTag<Form::logistic>{});
-    case Form::lambert: return f(FormTag<Form::lambert>{});
-    default: return f(FormTag<Form::power>{});
+    case Form::exponential:
+      return f(FormTag<Form::exponential>{});
+    case Form::reciprocal:
+      return f(FormTag<Form::reciprocal>{});
+    case Form::inverse_square:
+      return f(FormTag<Form::inverse_square>{});
+    case Form::inverse_sqrt:
+      return f(FormTag<Form::inverse_sqrt>{});
+    case Form::linear:
+      return f(FormTag<Form::linear>{});
+    case Form::logistic:
+      return f(FormTag<Form::logistic>{});
+    case Form::lambert:
+      return f(FormTag<Form::lambert>{});
+    default:
+      return f(FormTag<Form::power>{});
   }
 }
 

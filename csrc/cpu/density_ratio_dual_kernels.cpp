@@ -1,5 +1,5 @@
-// Elementwise kernels of the density-ratio family, compiled once per instruction set: the gradient of log r with respect to
-// h, and f'(e^x) of logits with its sums and slopes.
+// Elementwise kernels of the density-ratio family, compiled once per instruction set: the gradient of log r
+// with respect to h, and f'(e^x) of logits with its sums and slopes.
 #include "density_ratio_dispatch.h"
 
 namespace refine_ext::REFINE_EXT_ISA {
@@ -20,7 +20,8 @@ REFINE_EXT_INLINE V factor_at(Family family, V log_ratio) {
 }
 
 template <class T, class Body>
-REFINE_EXT_INLINE void for_elements(int64_t begin, int64_t end, const T* const* inputs, int count, T* out, Body&& body) {
+REFINE_EXT_INLINE void for_elements(int64_t begin, int64_t end, const T* const* inputs, int count, T* out,
+                                    Body&& body) {
   using V = Vec<typename ComputeOf<T>::type>;
   constexpr int kWidth = V::kWidth;
   for_vectors<kWidth, 1>(
@@ -35,7 +36,8 @@ REFINE_EXT_INLINE void for_elements(int64_t begin, int64_t end, const T* const* 
         V x[3];
         T lanes[kWidth];
         for (int k = 0; k < count; ++k) {
-          for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = inputs[k][i + (lane < rest ? lane : rest - 1)];
+          for (int lane = 0; lane < kWidth; ++lane)
+            lanes[lane] = inputs[k][i + (lane < rest ? lane : rest - 1)];
           x[k] = load(lanes);
         }
         const V value = body(x, rest);
@@ -64,8 +66,9 @@ void backward_sums_range(const T* grad, const T* log_ratio, const T* weights, in
                       share = A::select(share == zero, zero, share * c);
                       if (weights) share = A::select(x[2] > zero, share * x[2], zero);
                       const VecMask<S> inside = first_lanes<S>(count);
-                      // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither does one of
-                      // weight zero outside the domain, whose log r is NaN, unless it is asked for.
+                      // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither
+                      // does one of weight zero outside the domain, whose log r is NaN, unless it is asked
+                      // for.
                       const V moved = A::select(x[0] == zero, zero, A::select(c == zero, zero, c * x[0]));
                       through = through + A::select(inside, moved, zero);
                       slope = slope + A::select(inside, share, zero);
@@ -103,8 +106,8 @@ void dual_output_range(const T* x, T* out, int64_t begin, int64_t end, Family fa
 }
 
 template <Form kForm, class T>
-void dual_slope_range(const T* x, const T* grad, double scale, T* out, int64_t begin, int64_t end, Family family,
-                      bool conjugated) {
+void dual_slope_range(const T* x, const T* grad, double scale, T* out, int64_t begin, int64_t end,
+                      Family family, bool conjugated) {
   using V = Vec<typename ComputeOf<T>::type>;
   family.form = kForm;
   const T* inputs[3] = {x, grad, nullptr};
@@ -132,34 +135,37 @@ double dual_sum_range(const T* x, int64_t begin, int64_t end, Family family, boo
   return total.total();
 }
 
-void backward_sums(Storage storage, const void* grad, const void* log_ratio, const void* weights, int64_t begin,
-                   int64_t end, const Family& family, double sums[2]) {
+void backward_sums(Storage storage, const void* grad, const void* log_ratio, const void* weights,
+                   int64_t begin, int64_t end, const Family& family, double sums[2]) {
   with_form(family.form, [&](auto form) {
     with_storage(storage, [&](auto tag) {
       using T = decltype(tag);
-      backward_sums_range<decltype(form)::value>(static_cast<const T*>(grad), static_cast<const T*>(log_ratio),
+      backward_sums_range<decltype(form)::value>(static_cast<const T*>(grad),
+                                                 static_cast<const T*>(log_ratio),
                                                  static_cast<const T*>(weights), begin, end, family, sums);
     });
   });
 }
 
-void backward(Storage storage, const void* grad, const void* log_ratio, const void* weights, void* out, int64_t begin,
-              int64_t end, const Family& family, double through_ratio) {
+void backward(Storage storage, const void* grad, const void* log_ratio, const void* weights, void* out,
+              int64_t begin, int64_t end, const Family& family, double through_ratio) {
   with_form(family.form, [&](auto form) {
     with_storage(storage, [&](auto tag) {
       using T = decltype(tag);
       backward_range<decltype(form)::value>(static_cast<const T*>(grad), static_cast<const T*>(log_ratio),
-                                            static_cast<const T*>(weights), static_cast<T*>(out), begin, end, family,
-                                            through_ratio);
+                                            static_cast<const T*>(weights), static_cast<T*>(out), begin, end,
+                                            family, through_ratio);
     });
   });
 }
 
-void dual_output_pass(Storage storage, const void* x, void* out, int64_t begin, int64_t end, const Family& family) {
+void dual_output_pass(Storage storage, const void* x, void* out, int64_t begin, int64_t end,
+                      const Family& family) {
   with_form(family.form, [&](auto form) {
     with_storage(storage, [&](auto tag) {
       using T = decltype(tag);
-      dual_output_range<decltype(form)::value>(static_cast<const T*>(x), static_cast<T*>(out), begin, end, family);
+      dual_output_range<decltype(form)::value>(static_cast<const T*>(x), static_cast<T*>(out), begin, end,
+                                               family);
     });
   });
 }
@@ -175,7 +181,8 @@ void dual_slope_pass(Storage storage, const void* x, const void* grad, double sc
   });
 }
 
-double dual_sum(Storage storage, const void* x, int64_t begin, int64_t end, const Family& family, bool conjugated) {
+double dual_sum(Storage storage, const void* x, int64_t begin, int64_t end, const Family& family,
+                bool conjugated) {
   return with_form(family.form, [&](auto form) {
     return with_storage(storage, [&](auto tag) {
       using T = decltype(tag);
@@ -187,6 +194,7 @@ double dual_sum(Storage storage, const void* x, int64_t begin, int64_t end, cons
 }  // namespace
 
 extern const DualKernels density_ratio_dual_kernels;
-const DualKernels density_ratio_dual_kernels = {backward_sums, backward, dual_output_pass, dual_slope_pass, dual_sum};
+const DualKernels density_ratio_dual_kernels = {backward_sums, backward, dual_output_pass, dual_slope_pass,
+                                                dual_sum};
 
 }  // namespace refine_ext::REFINE_EXT_ISA

@@ -1,4 +1,5 @@
-// Loads and stores of the storage types in their compute type, and loops over vectors with a partial last one.
+// Loads and stores of the storage types in their compute type, and loops over vectors with a partial last
+// one.
 #pragma once
 
 #include "simd.h"
@@ -48,11 +49,13 @@ REFINE_EXT_INLINE Vec<float> load(const Half* p) {
 #elif defined(__F16C__)
   return {(Vec<float>::Native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 #else
-  // Exponent and mantissa moved into float's fields read as the value times 2^-112; subnormals come out right too.
+  // Exponent and mantissa moved into float's fields read as the value times 2^-112; subnormals come out right
+  // too.
   const Unsigned wide = __builtin_convertvector(*reinterpret_cast<const UnalignedWords*>(p), Unsigned);
   const Unsigned magnitude = (wide & 0x7fffu) << 13;
   const Vec<float> value = Vec<float>{(Vec<float>::Native)magnitude} * Vec<float>::splat(0x1p112f);
-  const Unsigned special = magnitude >= (0x7c00u << 13) ? ((Unsigned)value.v | 0x7f800000u) : (Unsigned)value.v;
+  const Unsigned special =
+      magnitude >= (0x7c00u << 13) ? ((Unsigned)value.v | 0x7f800000u) : (Unsigned)value.v;
   return {(Vec<float>::Native)(special | ((wide & 0x8000u) << 16))};
 #endif
 }
@@ -63,7 +66,8 @@ REFINE_EXT_INLINE void store(Half* p, Vec<float> x) {
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x.v, 0));
 #else
-  // Adding a power of two 13 bits above the value's own rounds the float to half's precision, subnormals included.
+  // Adding a power of two 13 bits above the value's own rounds the float to half's precision, subnormals
+  // included.
   const Unsigned bits = (Unsigned)x.v;
   const Unsigned sign = (bits >> 16) & 0x8000u;
   const Unsigned magnitude = bits & 0x7fffffffu;
@@ -71,7 +75,8 @@ REFINE_EXT_INLINE void store(Half* p, Vec<float> x) {
   const Unsigned exponent = (magnitude > floor ? magnitude : floor) & 0x7f800000u;
   const Vec<float> magic{(Vec<float>::Native)(exponent + (13u << 23))};
   const Vec<float> sum = Vec<float>{(Vec<float>::Native)magnitude} + magic;
-  // The low mantissa bits of the sum count units of half's last place; carry into the next exponent comes for free.
+  // The low mantissa bits of the sum count units of half's last place; carry into the next exponent comes for
+  // free.
   const Unsigned units = (Unsigned)sum.v - (Unsigned)magic.v;
   const Unsigned encoded = (((exponent >> 23) - 113u) << 10) + units;
   Unsigned result = encoded;
@@ -84,7 +89,8 @@ REFINE_EXT_INLINE void store(Half* p, Vec<float> x) {
 REFINE_EXT_INLINE void store(float* p, Vec<float> x) { x.store(p); }
 REFINE_EXT_INLINE void store(double* p, Vec<double> x) { x.store(p); }
 
-// S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many at once.
+// S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many
+// at once.
 template <class S, class T>
 REFINE_EXT_INLINE Vec<S> load_as(const T* p) {
   if constexpr (sizeof(S) == sizeof(typename ComputeOf<T>::type)) {
@@ -145,7 +151,8 @@ REFINE_EXT_INLINE VecMask<S> first_lanes(int64_t count) {
   return mask;
 }
 
-// Calls step(offset, u) on whole vectors, kUnroll at a time with u = 0, 1, ..., and tail(offset, count) on the rest.
+// Calls step(offset, u) on whole vectors, kUnroll at a time with u = 0, 1, ..., and tail(offset, count) on
+// the rest.
 template <int kWidth, int kUnroll, class Step, class Tail>
 REFINE_EXT_INLINE void for_vectors(int64_t begin, int64_t end, Step&& step, Tail&& tail) {
   int64_t i = begin;
