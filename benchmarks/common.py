@@ -25,7 +25,7 @@ def interleaved(
     """Median, quartiles in seconds per call of each contender, all measured in turns after a warm-up.
 
     A call shorter than 0.2 ms is repeated within a turn. Turns stop after `repeats`, or once `budget` seconds are spent
-    and each contender has three. A contender whose warm-up takes a sixth of the budget is not run again: that time counts.
+    and each contender has three. A contender whose warm-up takes a sixth of the budget is not run again: that counts.
     """
     inner, times = {}, {}
     for name, run in contenders.items():
