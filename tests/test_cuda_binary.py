@@ -155,8 +155,6 @@ def test_no_atomics(kernels):
 
 
 def test_exponentials_use_the_special_function_unit(kernels):
-    """One MUFU.EX2 a sample, none of the slow paths of exp: kl must stay at the speed of memory."""
-    for kernel in kernels:
-        if kernel.name == "scan_kernel<float, false, true>":
-            assert kernel.count(r"MUFU\.EX2") >= 8
-            assert kernel.count(r"CALL") <= 2, "a division or exp went out of line"
+    """kl reads at the speed of memory only if every e^x of its two packs in flight is one MUFU.EX2."""
+    (scan,) = [kernel for kernel in kernels if kernel.name == "scan_kernel<float, false, true>"]
+    assert scan.count(r"MUFU\.EX2") >= 8
