@@ -43,7 +43,8 @@ def density_ratio() -> str:
         )
     lines.append(
         f"\n10⁷ float32 outputs, one thread, warm output, {facts['cpu']} ({facts['simd']}), "
-        f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. How many times longer torch takes."
+        f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. How many times longer torch takes. "
+        "A shared machine: within one interleaved run, and varying by tens of percent between runs."
     )
     return "\n".join(lines)
 
