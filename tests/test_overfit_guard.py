@@ -8,33 +8,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from fitting import fit, gaussians, one_thread  # noqa: F401
 from torch import nn
 
 from refine_ext.discriminator import Discriminator
-from refine_ext.fit import fit_discriminator
 from refine_ext.overfit_guard import auc, choose_temperature, judge, refinement_gain
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small problems: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def gaussians(n: int, *, shift: float = 0.8, width: int = 2, seed: int = 0):
-    """Real N(shift e_1, I), generated N(0, I): log r(x) = shift x_1 - shift^2 / 2."""
-    generator = torch.Generator().manual_seed(seed)
-    real = torch.randn(n, width, generator=generator)
-    real[:, 0] += shift
-    fake = torch.randn(n, width, generator=generator)
-    return real, fake
-
-
-def fit(real, fake, **options):
-    return fit_discriminator(real, fake, **{"progress": False, "max_epochs": 40, **options})
 
 
 def overtrained(seed: int) -> Discriminator:
