@@ -73,6 +73,7 @@ py::dict build_info() {
   info["cxx_flags"] = REFINE_EXT_CXX_FLAGS;
   info["torch_built_against"] = REFINE_EXT_TORCH_VERSION;
   info["cuda"] = CUDA_BUILT != 0;
+  info["cuda_absent"] = REFINE_EXT_CUDA_ABSENT;
   info["cuda_version"] = CUDA_BUILT ? REFINE_EXT_CUDA_VERSION : "";
   info["cuda_architectures"] = py::str(CUDA_BUILT ? REFINE_EXT_CUDA_ARCHITECTURES : "").attr("split")();
   info["simd_compiled"] = simd_compiled();

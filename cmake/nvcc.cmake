@@ -1,0 +1,87 @@
+# Which nvcc compiles the CUDA library and for which architectures; what is wrong with it is said in words, where CMake
+# would stop in the middle of its own checks.
+
+# sm_75 is the oldest that CUDA 13 compiles for; PTX of the newest serves whatever comes later.
+set(REFINE_EXT_RELEASE_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+# C++20 needs 12.0, --compress-mode and sm_120 need 12.8.
+set(REFINE_EXT_OLDEST_NVCC 12.8)
+
+# Architectures as CMake takes them: `release`, `native`, or a list such as 80;90a-real;120-virtual.
+function(refine_ext_architectures result request)
+  if(request STREQUAL "release")
+    set(request ${REFINE_EXT_RELEASE_ARCHITECTURES})
+  elseif(NOT request STREQUAL "native")
+    foreach(architecture IN LISTS request)
+      if(NOT architecture MATCHES "^[0-9]+[af]?(-real|-virtual)?$")
+        message(FATAL_ERROR "REFINE_EXT_CUDA_ARCHITECTURES: ${architecture} is not an architecture; allowed are "
+                            "`release`, `native`, and lists such as 80;90a-real;120")
+      endif()
+    endforeach()
+  endif()
+  set(${result} ${request} PARENT_SCOPE)
+endfunction()
+
+# Sets CMAKE_CUDA_COMPILER as enable_language(CUDA) would, and `problem` to what keeps it from being used, if anything.
+function(refine_ext_find_nvcc problem architectures)
+  set(${problem} "" PARENT_SCOPE)
+  if(NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{CUDACXX})
+    set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}" CACHE FILEPATH "nvcc")
+  endif()
+  find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_PATH PATH_SUFFIXES bin NO_CMAKE_SYSTEM_PATH)
+  set(nvcc "${CMAKE_CUDA_COMPILER}")
+  if(NOT nvcc)
+    set(${problem} "no nvcc was found (on PATH, or named by CUDACXX or CUDA_PATH)" PARENT_SCOPE)
+    return()
+  endif()
+
+  execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE text ERROR_VARIABLE text RESULT_VARIABLE status)
+  if(NOT status EQUAL 0 OR NOT text MATCHES "release ([0-9]+\\.[0-9]+)")
+    set(${problem} "${nvcc} --version does not answer as nvcc does" PARENT_SCOPE)
+    return()
+  endif()
+  set(version "${CMAKE_MATCH_1}")
+  if(version VERSION_LESS REFINE_EXT_OLDEST_NVCC)
+    set(${problem} "${nvcc} is of CUDA ${version}; CUDA ${REFINE_EXT_OLDEST_NVCC} or newer is needed" PARENT_SCOPE)
+    return()
+  endif()
+
+  execute_process(COMMAND "${nvcc}" --list-gpu-arch OUTPUT_VARIABLE known)
+  string(REGEX MATCHALL "[0-9]+" known "${known}")
+  foreach(architecture IN LISTS architectures)
+    string(REGEX MATCH "^[0-9]+" number "${architecture}")
+    if(number AND NOT number IN_LIST known)
+      list(JOIN known ", " known)
+      set(${problem} "${nvcc} of CUDA ${version} does not know architecture ${number}; it knows ${known}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+
+  refine_ext_try_nvcc(error "${nvcc}")
+  if(error)
+    set(${problem} "${nvcc} of CUDA ${version} cannot build a program with this host compiler: ${error}" PARENT_SCOPE)
+  endif()
+endfunction()
+
+# The first error of building an empty program: a host compiler that nvcc refuses, headers or libraries missing.
+function(refine_ext_try_nvcc result nvcc)
+  set(folder "${CMAKE_CURRENT_BINARY_DIR}/try_nvcc")
+  file(WRITE "${folder}/program.cu" "__global__ void kernel() {}\nint main() { kernel<<<1, 1>>>(); }\n")
+  separate_arguments(flags UNIX_COMMAND "${CMAKE_CUDA_FLAGS}")
+  set(host "${CMAKE_CUDA_HOST_COMPILER}")
+  if(NOT "$ENV{CUDAHOSTCXX}" STREQUAL "")
+    set(host "$ENV{CUDAHOSTCXX}")
+  endif()
+  if(host)
+    list(APPEND flags -ccbin "${host}")
+  endif()
+  execute_process(COMMAND "${nvcc}" ${flags} -std=c++20 -cudart static program.cu -o program
+                  WORKING_DIRECTORY "${folder}" OUTPUT_VARIABLE text ERROR_VARIABLE text RESULT_VARIABLE status)
+  set(error "")
+  if(NOT status EQUAL 0)
+    string(REGEX MATCH "[^\n]*([Ee]rror|cannot|not found)[^\n]*" error "${text}")
+    if(NOT error)
+      set(error "exit status ${status}")
+    endif()
+  endif()
+  set(${result} "${error}" PARENT_SCOPE)
+endfunction()
