@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._library import usable_device
 from .calibration import Calibration, FitReport, log_ratio_at_full_strength
 from .networks import MLP, Features, LinearOnFeatures, RandomFourierFeatures, batch_output
 from .samples import as_tensor
@@ -249,9 +250,10 @@ class Discriminator(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a pickle, another foreign file, a truncated one, or a module that does not
-                fit the weights.
+            ValueError: a pickle, another foreign file, a truncated one, a module that does not
+                fit the weights, or a device that cannot be used.
         """
+        where = usable_device("Discriminator.load", device or "cpu")
         tensors, metadata = _read(Path(path))
         try:
             architecture_values = json.loads(metadata["architecture"])
@@ -272,7 +274,7 @@ class Discriminator(nn.Module):
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"Discriminator.load: the weights of {path} do not fit the model: {reason}") from None
-        return result.to(device or "cpu").eval()
+        return result.to(where).eval()
 
 
 def _jsonable(value: Any) -> Any:

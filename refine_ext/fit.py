@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._library import usable_device
 from .calibration import FitReport, assess, calibrate, has_bounded_domain
 from .discriminator import Architecture, Discriminator
 from .divergence import parse_divergence
@@ -105,7 +106,8 @@ def fit_discriminator(
     Raises:
         TypeError: an argument of a type or dtype that is not supported.
         ValueError: samples that are empty, too few, not finite, constant or of different
-            shapes; a constant model output; an unknown name or a number out of its range.
+            shapes; a constant model output; an unknown name or a number out of its range; a device
+            that cannot be used.
 
     Source: Husain, De Bortoli and Nock 2026; Nowozin et al. 2016 (loose); Ruderman et al. 2012
     (tight); Goodfellow et al. 2014 (logistic).
@@ -120,7 +122,7 @@ def fit_discriminator(
 
     started = time.perf_counter()
     x_real, x_fake = check_samples(real, fake, function="fit_discriminator")
-    where = torch.device(device) if device is not None else x_real.device
+    where = usable_device("fit_discriminator", device) if device is not None else x_real.device
     goal = Objective(objective, divergence, output_kind(model, objective, divergence))
     generator = torch.Generator().manual_seed(seed)
     parts_real = _split(x_real, validation_fraction, generator)

@@ -135,7 +135,7 @@ def configure(tmp_path: Path, *arguments: str, path: Path) -> tuple[int, str]:
             *(str(CMAKE), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DCMAKE_BUILD_TYPE=Release"),
             *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}", *arguments),
         ],
-        env={**os.environ, "PATH": os.pathsep.join([str(path), os.environ["PATH"]])},
+        env={**os.environ, "PATH": os.pathsep.join([str(path), str(Path(sys.executable).parent), os.environ["PATH"]])},
         capture_output=True,
         text=True,
     )

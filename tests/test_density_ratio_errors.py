@@ -99,7 +99,7 @@ def test_a_device_without_kernels_says_why():
     class Elsewhere:
         device = torch.device("cuda")
 
-    with pytest.raises(ValueError, match=r"^density_ratio: h is on cuda, but the CUDA kernels are not there: .+"):
+    with pytest.raises(ValueError, match=r"^density_ratio: h is on cuda, but the CUDA kernels cannot run: .+"):
         require_device("density_ratio", "h", Elsewhere())
     Elsewhere.device = torch.device("xpu")
     with pytest.raises(ValueError, match=r"h is on xpu; supported devices are cpu and cuda"):
