@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -182,3 +184,45 @@ def test_this_installation_says_what_was_built():
         assert library.exists() and build["cuda_architectures"] and not build["cuda_absent"]
     else:
         assert build["cuda_absent"] and not build["cuda_architectures"]
+
+
+def test_the_version_has_one_source():
+    """As the build backend reads it, by the pattern in pyproject.toml, and as CMake does."""
+    pattern = re.search(r"^regex = '(.*)'$", (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    assert re.search(pattern, (ROOT / "CMakeLists.txt").read_text())["value"] == refine_ext.__version__
+
+
+def dynamic_section(library: Path) -> str:
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    return subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+
+
+def test_libraries_find_torch_beside_the_package():
+    package = Path(refine_ext.__file__).parent
+    for library in package.glob("librefine_ext_*.so"):
+        section = dynamic_section(library)
+        assert "$ORIGIN/../torch/lib" in section
+        assert "[libtorch.so]" in section
+        # One library for every Python.
+        assert "libpython" not in section
+    (module,) = package.glob("_C*.so")
+    assert module.name == "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    assert "[librefine_ext_ops.so]" in dynamic_section(module) and "[$ORIGIN]" in dynamic_section(module)
+    assert "libcudart" not in "".join(dynamic_section(library) for library in package.glob("*.so"))
+
+
+def test_what_a_wheel_installs():
+    try:
+        package = importlib.metadata.distribution("refine-ext")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("refine-ext is not installed as a package")
+    assert package.version == refine_ext.__version__
+    assert package.metadata["Requires-Python"] == ">=3.10"
+    assert "torch>=2.10" in package.metadata.get_all("Requires-Dist")
+    (tag,) = re.findall(r"^Tag: (.*)$", package.read_text("WHEEL"), re.M)
+    assert tag.startswith(f"cp{sys.version_info.major}{sys.version_info.minor}-") and "linux" in tag
+    files = [str(file) for file in package.files if "__pycache__" not in str(file)]
+    assert {"refine_ext/librefine_ext_ops.so", "refine_ext/py.typed", "refine_ext/_C.pyi"} <= set(files)
+    folders = {file.split("/")[0] for file in files}
+    assert folders <= {"refine_ext", f"refine_ext-{package.version}.dist-info", ".."}, folders

@@ -1,7 +1,7 @@
-"""One wheel, several torches: a wheel built against any torch loads in a fresh environment with another, its CUDA kernels
-included where that torch is a CUDA build, whether or not there is a GPU. Installs gigabytes, hence slow.
+"""One wheel, several torches: built against one, it loads in fresh environments with others, its CUDA kernels included
+where that torch is a CUDA build, whether or not there is a GPU. Installs gigabytes, hence slow.
 
-REFINE_EXT_WHEEL names the wheel (for this Python, with CUDA kernels if they are to be checked); without it one is built.
+REFINE_EXT_WHEEL names the wheel (for this Python, with CUDA kernels); without it one is built.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from refine_ext import _library
 
 facts = {"initialised_by_import": torch.cuda.is_initialized(), "library_problem": _library.library_problem()}
 names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("refine_ext::")]
-facts["kernels"] = {
-    key: [name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)] for key in ("CPU", "CUDA")
-}
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+facts["kernels"] = {key: [name for name in names if has_kernel(name, key)] for key in ("CPU", "CUDA")}
 facts["ops"] = names
 
 h = torch.randn(1000, dtype=torch.float64, requires_grad=True)
