@@ -152,7 +152,7 @@ def test_automatic_builds_for_the_cpu_with_a_warning_that_names_the_fault(tmp_pa
     fault = f"{nvcc} is of CUDA 11.8; CUDA 12.8 or newer is needed"
     assert f"building for the CPU only: {fault}" in words
     header = (tmp_path / "build" / "build_info.h").read_text()
-    assert f'REFINE_EXT_CUDA_ABSENT R"({fault})"' in header
+    assert f'REFINE_EXT_CUDA_ABSENT R"absent({fault})absent"' in header
     assert re.search(r"#define CUDA_BUILT 0", header)
 
 

@@ -302,3 +302,36 @@ def test_importing_and_cpu_calls_leave_cuda_alone():
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("librefine_ext_cuda.so" in done.stdout) == _library._C.build_info()["cuda"]
+
+
+FORK = """
+import os
+import torch
+import refine_ext as rx
+
+rx.density_ratio(torch.zeros(3))
+child = os.fork()
+if child == 0:
+    try:
+        rx.density_ratio(torch.zeros(3, device="cuda"))
+        torch.cuda.synchronize()
+    except BaseException as error:
+        print(error, flush=True)
+        os._exit(1)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.cuda
+def test_a_forked_process_can_use_cuda():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.cuda
+def test_this_gpu_is_usable():
+    (loaded, status), devices = _library.cuda_status(), doctor.diagnose()["cuda_devices"]
+    assert (loaded, status) == (True, "loaded")
+    assert devices and all(device["usable"] for device in devices)
+    assert _library.driver_version() >= (12, 4)
