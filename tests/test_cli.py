@@ -411,7 +411,7 @@ def test_doctor_names_the_build(tmp_path):
     assert isinstance(facts["cuda_loaded"], bool)
     text = run("doctor").output
     assert facts["build"]["simd_level"] in text
-    assert ("CUDA loads" in text) and (facts["cuda_loaded"] or facts["cuda_status"] in text)
+    assert facts["cuda_status"] in text
 
 
 def test_the_command_stands_on_its_own():
