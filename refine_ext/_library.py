@@ -42,22 +42,22 @@ def visible_devices() -> tuple[int, str]:
 
 
 @functools.cache
-def library_problem() -> str:
-    """Loads the CUDA kernels. Why they cannot be, empty where they are."""
+def cuda_status() -> tuple[bool, str]:
+    """Loads the CUDA kernels: whether they are there, and if not, why. Does not initialise CUDA."""
     build = _C.build_info()
     if not build["cuda"]:
-        return f"this build of refine-ext has no CUDA library: {build['cuda_absent']}"
+        return False, f"this build of refine-ext has no CUDA library: {build['cuda_absent']}"
     if not _CUDA_LIBRARY.exists():
-        return f"{_CUDA_LIBRARY} is missing; reinstall refine-ext"
+        return False, f"{_CUDA_LIBRARY} is missing; reinstall refine-ext"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
+        return False, f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
     if problem := _driver_problem(_version(build["cuda_version"]), driver_version()):
-        return problem
+        return False, problem
     try:
         torch.ops.load_library(str(_CUDA_LIBRARY))
     except OSError as error:
-        return f"loading {_CUDA_LIBRARY.name} failed: {error.__cause__ or error}"
-    return ""
+        return False, f"loading {_CUDA_LIBRARY.name} failed: {error.__cause__ or error}"
+    return True, "loaded"
 
 
 def device_problem(index: int | None = None) -> str:
@@ -69,14 +69,6 @@ def device_problem(index: int | None = None) -> str:
         return f"there is no device {index}, torch finds {count}"
     problems = [_capability_problem(i) for i in (range(count) if index is None else [index])]
     return "" if "" in problems else problems[0]
-
-
-def cuda_status() -> tuple[bool, str]:
-    """Whether the CUDA kernels are loaded, and what keeps them from running. Initialises the driver."""
-    if problem := library_problem():
-        return False, problem
-    problem = device_problem()
-    return True, f"loaded, but {problem}" if problem else "loaded"
 
 
 def require_device(function: str, argument: str, tensor: torch.Tensor) -> None:
@@ -101,7 +93,8 @@ def usable_device(function: str, device: str | torch.device) -> torch.device:
 
 @functools.cache
 def _problem(index: int | None) -> str:
-    return library_problem() or device_problem(index)
+    loaded, reason = cuda_status()
+    return device_problem(index) if loaded else reason
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -163,4 +156,4 @@ def runs_on(capability: tuple[int, int], architectures: list[str], ptx: bool) ->
     return False
 
 
-library_problem()
+cuda_status()

@@ -23,7 +23,9 @@ def diagnose() -> dict[str, Any]:
     from ._library import cuda_status, device_problem, driver_version, version_text, visible_devices
 
     build = dict(_C.build_info())
-    loaded, reason = cuda_status()
+    loaded, status = cuda_status()
+    if loaded and (problem := device_problem()):
+        status = f"loaded, but {problem}"
     driver = driver_version()
     return {
         "refine_ext": __version__,
@@ -34,7 +36,7 @@ def diagnose() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda_driver": "none" if driver is None else version_text(driver),
         "cuda_loaded": loaded,
-        "cuda_status": reason,
+        "cuda_status": status,
         "cuda_devices": [_device(i, device_problem(i)) for i in range(visible_devices()[0])],
         "build": build,
     }

@@ -1,10 +1,7 @@
-"""What is said where the CUDA kernels cannot run, on every kind of machine that has not got them; and that importing
-leaves CUDA alone."""
+"""What is said where the CUDA kernels cannot run, on every kind of machine that has not got them."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import types
 import warnings
 
@@ -61,7 +58,7 @@ class Machine:
         self.forget()
 
     def forget(self):
-        _library.library_problem.cache_clear()
+        _library.cuda_status.cache_clear()
         _library._problem.cache_clear()
 
 
@@ -79,6 +76,11 @@ class OnCuda:
         self.device = torch.device("cuda", index) if index is not None else torch.device("cuda")
 
 
+def runs() -> bool:
+    """Whether the kernels are loaded and a device can run them."""
+    return doctor.diagnose()["cuda_status"] == "loaded"
+
+
 def refusal(index: int = 0) -> str:
     """What a function says to a CUDA tensor."""
     with pytest.raises(ValueError) as caught:
@@ -90,7 +92,7 @@ def refusal(index: int = 0) -> str:
 
 
 def test_a_machine_that_has_everything(machine):
-    assert _library.cuda_status() == (True, "loaded")
+    assert runs()
     assert len(machine.loaded) == 1
     _library.require_device("density_ratio", "h", OnCuda())
     assert _library.usable_device("fit_discriminator", "cuda:0") == torch.device("cuda:0")
@@ -141,7 +143,7 @@ def test_a_driver_too_old_for_the_build(machine, built, driver, needs):
 def test_a_driver_of_the_same_major_version_or_newer_will_do(machine, built, driver):
     machine.build(cuda_version=built)
     machine.driver(driver)
-    assert _library.cuda_status() == (True, "loaded")
+    assert runs()
 
 
 def test_the_library_does_not_load(machine):
@@ -157,8 +159,8 @@ def test_no_driver(machine):
     machine.devices()
     assert "there is no NVIDIA driver" in refusal()
     # The kernels are registered all the same: tracing for a device that is elsewhere needs them.
-    loaded, status = _library.cuda_status()
-    assert loaded and status.startswith("loaded, but there is no NVIDIA driver")
+    facts = doctor.diagnose()
+    assert facts["cuda_loaded"] and facts["cuda_status"].startswith("loaded, but there is no NVIDIA driver")
 
 
 def test_a_driver_too_old_for_torch(machine):
@@ -197,12 +199,12 @@ def test_each_device_by_itself(machine):
     assert refusal(0).startswith("GPU-0 has compute capability 6.1")
     _library.require_device("density_ratio", "h", OnCuda(1))
     assert refusal(2) == "there is no device 2, torch finds 2"
-    assert _library.cuda_status() == (True, "loaded")
+    assert runs()
 
 
 def test_a_gpu_newer_than_the_build_runs_its_ptx(machine):
     machine.devices((12, 1))
-    assert _library.cuda_status() == (True, "loaded")
+    assert runs()
     machine.build(cuda_version="13.1.0")
     machine.devices((13, 0))
     assert refusal() == (
@@ -210,7 +212,7 @@ def test_a_gpu_newer_than_the_build_runs_its_ptx(machine):
         "its PTX needs a driver for CUDA 13.1, this one supports 13.0"
     )
     machine.driver((13, 1))
-    assert _library.cuda_status() == (True, "loaded")
+    assert runs()
 
 
 def test_a_device_that_does_not_start(machine):
@@ -224,7 +226,7 @@ def test_a_device_that_does_not_start(machine):
 
 
 @pytest.mark.parametrize(
-    ("capability", "architectures", "ptx", "runs"),
+    ("capability", "architectures", "ptx", "answer"),
     [
         ((8, 0), "80-real", False, True),
         ((8, 9), "80-real", False, True),  # machine code runs on later minor versions
@@ -242,8 +244,8 @@ def test_a_device_that_does_not_start(machine):
         ((12, 1), "75-real 120-real", False, True),
     ],
 )
-def test_which_code_runs_where(capability, architectures, ptx, runs):
-    assert _library.runs_on(capability, architectures.split(), ptx=ptx) is runs
+def test_which_code_runs_where(capability, architectures, ptx, answer):
+    assert _library.runs_on(capability, architectures.split(), ptx=ptx) is answer
 
 
 def test_a_named_device_that_cannot_be_used_says_so(machine):
@@ -279,59 +281,8 @@ def test_the_driver_is_asked_by_its_own_interface(monkeypatch):
     assert _library.driver_version() is None
 
 
-IMPORT = """
-import torch
-
-def refuse(*arguments):
-    raise SystemExit("importing refine_ext initialises CUDA")
-
-torch.version.cuda = "13.0"
-torch.ops.load_library = print
-for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_capability"):
-    setattr(torch.cuda, name, refuse)
-for name in ("_cuda_getDeviceCount", "_cuda_init"):
-    setattr(torch._C, name, refuse)
-import refine_ext
-assert not torch.cuda.is_initialized()
-refine_ext.density_ratio(torch.zeros(3))
-"""
-
-
-def test_importing_and_cpu_calls_leave_cuda_alone():
-    """A process that has initialised CUDA cannot use it after a fork, as data loaders do."""
-    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ("librefine_ext_cuda.so" in done.stdout) == _library._C.build_info()["cuda"]
-
-
-FORK = """
-import os
-import torch
-import refine_ext as rx
-
-rx.density_ratio(torch.zeros(3))
-child = os.fork()
-if child == 0:
-    try:
-        rx.density_ratio(torch.zeros(3, device="cuda"))
-        torch.cuda.synchronize()
-    except BaseException as error:
-        print(error, flush=True)
-        os._exit(1)
-    os._exit(0)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-
-
-@pytest.mark.cuda
-def test_a_forked_process_can_use_cuda():
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.cuda
 def test_this_gpu_is_usable():
-    (loaded, status), devices = _library.cuda_status(), doctor.diagnose()["cuda_devices"]
-    assert (loaded, status) == (True, "loaded")
-    assert devices and all(device["usable"] for device in devices)
+    devices = doctor.diagnose()["cuda_devices"]
+    assert runs() and devices and all(device["usable"] for device in devices)
     assert _library.driver_version() >= (12, 4)

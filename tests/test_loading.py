@@ -28,7 +28,7 @@ import torch
 import refine_ext as rx
 from refine_ext import _library
 
-facts = {"initialised_by_import": torch.cuda.is_initialized(), "library_problem": _library.library_problem()}
+facts = {"initialised_by_import": torch.cuda.is_initialized(), "loaded": _library.cuda_status()[0]}
 names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("refine_ext::")]
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 facts["kernels"] = {key: [name for name in names if has_kernel(name, key)] for key in ("CPU", "CUDA")}
@@ -49,7 +49,7 @@ try:
 except ValueError as error:
     facts["refusal"] = str(error)
 
-if torch.version.cuda and not facts["library_problem"]:
+if facts["loaded"]:
     # A program for a GPU can be exported where there is none.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -119,11 +119,11 @@ def test_every_op_has_its_kernels(facts, diagnosis):
     if diagnosis["torch"].startswith(CUDA_TORCH):  # or no environment would have loaded the CUDA library.
         assert diagnosis["torch_cuda"].startswith("13") and diagnosis["build"]["cuda"]
     if diagnosis["build"]["cuda"] and "none" not in diagnosis["torch_cuda"]:
-        assert facts["library_problem"] == ""
+        assert facts["loaded"]
         assert sorted(facts["kernels"]["CUDA"]) == sorted(facts["ops"])
         assert {"refine_ext.density_ratio.default", "refine_ext.resample.default"} <= set(facts["exported"])
     else:
-        assert facts["library_problem"] and not facts["kernels"]["CUDA"]
+        assert not facts["loaded"] and not facts["kernels"]["CUDA"]
 
 
 def test_importing_does_not_initialise_cuda(facts):
@@ -137,12 +137,12 @@ def test_cuda_without_a_device_is_refused_with_the_reason(facts, diagnosis):
     assert facts["refusal"].startswith(before)
     reason = facts["refusal"][len(before) :].removesuffix(". device='cpu' works")
     assert reason in diagnosis["cuda_status"]
-    if not facts["library_problem"]:
+    if facts["loaded"]:
         assert "driver" in reason or "no device" in reason
 
 
 def test_doctor(facts, diagnosis, installed):
-    assert diagnosis["cuda_loaded"] is (facts["library_problem"] == "")
+    assert diagnosis["cuda_loaded"] is facts["loaded"]
     assert diagnosis["cuda_status"] in run(installed / "refine-ext", "doctor", cwd=installed)
     if not facts["available"]:
         assert diagnosis["cuda_devices"] == []
