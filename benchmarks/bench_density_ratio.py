@@ -66,9 +66,7 @@ def ratio_case(shape: tuple[int, ...], family: str, dtype: torch.dtype, quick: b
         variant=f"{family} rows" if rows else family,
         dtype=dtype,
         shape=shape,
-        traffic=traffic(
-            "density_ratio", shape[0] * (shape[1] if rows else 1), dtype.itemsize, "rows" if short else family
-        ),
+        traffic=traffic("density_ratio", math.prod(shape), dtype.itemsize, "rows" if short else family),
         inputs=inputs,
         contenders=contenders,
         capturable=("refine_ext", "refine_ext_fresh", *(("eager", "softmax") if family == "kl" else ())),

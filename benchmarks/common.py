@@ -15,6 +15,7 @@ from typing import Any
 
 import machine
 import torch
+from gate_results import device_seconds
 from timing import captured, interleaved, limits, one_line, rotating
 from torch import Tensor
 from traffic import Traffic
@@ -106,12 +107,6 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     }
     row["copy_fraction"] = copy_fraction(row)
     return row
-
-
-def device_seconds(row: dict[str, Any], name: str) -> float:
-    """Of a contender's call: without the host's part where a graph was replayed."""
-    time = row["time"]
-    return time.get(f"{name}_graph", {}).get("seconds") or time[name]["seconds"]
 
 
 def copy_fraction(row: dict[str, Any]) -> float:

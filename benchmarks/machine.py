@@ -44,7 +44,15 @@ def cuda_tool(name: str) -> str | None:
 
 def gpu() -> dict[str, str]:
     """Name, driver, memory and clocks of the first GPU; empty where there is none."""
-    keys = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    keys = (
+        "name",
+        "driver_version",
+        "compute_cap",
+        "memory.total",
+        "clocks.max.sm",
+        "clocks.max.memory",
+        "power.limit",
+    )
     line = output_of("nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader").partition("\n")[0]
     return dict(zip(keys, line.split(", "), strict=False)) if line else {}
 
