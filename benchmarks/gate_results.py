@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass, field
@@ -41,6 +42,30 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     """All benchmark rows that hold a measurement."""
     sections = [s for name, s in document["sections"].items() if name.startswith("bench_")]
     return [row for section in sections for row in section.get("rows", ()) if "time" in row]
+
+
+def merged(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs by date, those of one state of the sources as one: a second call does what the first had no time for."""
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for document in sorted(documents, key=lambda document: document["facts"]["date"]):
+        key = (document["facts"]["commit"], repr(document["sources"]))
+        run = runs.setdefault(key, {**document, "sections": {}})
+        run["sections"] |= {n: s for n, s in document["sections"].items() if s["status"] != "not run"}
+    return list(runs.values())
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The committed runs on a GPU, gate_*.json, oldest first."""
+    documents = []
+    for path in sorted(folder.glob("gate_*.json")):
+        document = json.loads(path.read_text())
+        try:
+            validate(document)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+        if document["device"] == "cuda":
+            documents.append(document)
+    return merged(documents)
 
 
 @dataclass

@@ -105,7 +105,10 @@ def captured(run: Callable[[Any], Any], sets: Sequence[Any]) -> tuple[Callable[[
 
 
 def limits(device: str, quick: bool = False) -> dict[str, float]:
-    """The physical limits, measured: bytes a second of a large copy, operations a second of a matrix product."""
+    """The physical limits, measured: bytes a second of a large copy, operations a second of a matrix product; of one
+    thread on the CPU, as most rows are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else threads)
     size = 2**20 if quick else 2**30 if device == "cuda" else 2**28
     edge = 256 if quick else 8192 if device == "cuda" else 1024
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -121,6 +124,7 @@ def limits(device: str, quick: bool = False) -> dict[str, float]:
         timed = interleaved(runs, budget=2.0, device=device)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_num_threads(threads)
     return {
         "copy_bytes_per_second": 2 * size / timed["copy"]["seconds"],
         "bfloat16_flops_per_second": 2 * edge**3 / timed["bfloat16"]["seconds"],
