@@ -29,13 +29,12 @@ from typing import Any
 import click
 import kernels
 import machine
-from gate_results import FORMAT, SANITIZERS, Junit, summary_table
+from gate_results import FORMAT, SANITIZERS, TestResults, summary_table
 
 ROOT = machine.ROOT
 BENCHMARKS = Path(__file__).resolve().parent
 SITE = ROOT / "build" / "gpu_gate"  # the built package: the checkout's own has no libraries and must not be imported
 LIMITS = {"facts": 60, "build": 300, "tests": 180, "sanitizer": 150, "benchmarks": 100, "kernels": 45}
-GRACE = 10  # seconds from the interrupt, at which pytest still writes its results, to the kill
 LOG_BYTES = 2**20  # of each section's output, the end
 WORKERS = 6
 REHEARSED_TESTS = "tests/test_philox.py"
@@ -69,15 +68,15 @@ class Gate:
         unfinished.replace(self.out / "gate.json")
 
 
-def kill_group(process: subprocess.Popen, how: signal.Signals) -> None:
+def kill_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, how)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def stop(gate: Gate) -> None:
     """What is stopped from outside leaves nothing running; the finished sections are saved already."""
     for process in list(gate.running):
-        kill_group(process, signal.SIGKILL)
+        kill_group(process)
     os._exit(143)
 
 
@@ -101,17 +100,14 @@ def run_child(gate: Gate, name: str, group: str, command: list[str], **environme
         gate.running.add(process)
         section: Section = {}
         try:
-            code = process.wait(max(1.0, limit - GRACE))
+            code = process.wait(limit)
             section["status"] = "passed" if code == 0 else "failed"
             if code:
                 section["reason"] = f"exit status {code}"
         except subprocess.TimeoutExpired:
-            section["status"], section["reason"] = "timeout", f"stopped after {limit - GRACE:.0f} s"
-            kill_group(process, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+            section["status"], section["reason"] = "timeout", f"stopped after {limit:.0f} s"
         finally:
-            kill_group(process, signal.SIGKILL)
+            kill_group(process)
             process.wait()
             gate.running.discard(process)
         output.seek(0)
@@ -162,17 +158,17 @@ def build(gate: Gate) -> dict[str, Section]:
     return {"build": section}
 
 
-def pytest_command(gate: Gate, marks: str, xml: str, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "pytest", str(gate.tests), "-q", "-m", marks, "--tb=short"]
-    return [*command, "-p", "no:cacheprovider", f"--junit-xml={xml}", *options]
-
-
-def run_tests(gate: Gate, name: str, group: str, prefix: list[str], marks: str, *options: str, **environment: str):
+def run_tests(
+    gate: Gate, name: str, group: str, prefix: list[str], marks: str, *options: str, **environment: str
+) -> tuple[Section, str]:
+    """pytest under `prefix`; passed only where a test did, and none failed."""
     with tempfile.TemporaryDirectory() as folder:
-        xml = f"{folder}/results.xml"
-        command = [*prefix, *pytest_command(gate, marks, xml, *options)]
+        path = Path(folder) / "results"
+        command = [*prefix, sys.executable, "-m", "pytest", str(gate.tests), "-q", "-m", marks, "--tb=short"]
+        command += ["-p", "no:cacheprovider", "-p", "pytest_results", "--results", str(path), *options]
+        environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), gate.environment.get("PYTHONPATH", "")])
         section, text = run_child(gate, name, group, command, **environment)
-        results = Junit.read(Path(xml))
+        results = TestResults.read(path)
     section |= results.to_dict()
     if section["status"] == "passed" and results.passed == 0:
         section |= {"status": "failed", "reason": "no test ran"}
