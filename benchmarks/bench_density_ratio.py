@@ -35,7 +35,7 @@ def _mean_error(ratio: Tensor) -> float:
     return error[error.abs().argmax()].item()
 
 
-def ratio_case(shape: tuple[int, ...], family: str, dtype: torch.dtype, quick: bool, threads: int = 1) -> Case:
+def ratio_case(shape: tuple[int, ...], family: str, dtype: torch.dtype, compiled: bool, threads: int = 1) -> Case:
     rows = len(shape) > 1
     dim = -1 if rows else None
 
@@ -53,7 +53,7 @@ def ratio_case(shape: tuple[int, ...], family: str, dtype: torch.dtype, quick: b
         contenders["eager_float64"] = lambda s: torch_ratio(s["wide"], family)
     if family == "kl":
         contenders["softmax"] = lambda s: torch.softmax(s["h"], -1) * shape[-1]
-    if not quick and (dtype == torch.float32 or family in TYPICAL):
+    if compiled:
         contenders["compile"] = lambda s: compiled_ratio(s["h"], family)
 
     def accuracy(s: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -154,38 +154,44 @@ def backward_case(n: int, family: str) -> Case:
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
+
+    def ratio(shape: tuple[int, ...], family: str, dtype: torch.dtype = f32, threads: int = 1) -> Case:
+        # Compiling takes seconds a family and dtype, for all of which a GPU's minutes are too short.
+        compiled = family in TYPICAL if device == "cuda" else dtype == f32
+        return ratio_case(shape, family, dtype, compiled and not quick, threads)
+
     if quick:
         for n in (100, 100_000):
             for family in TYPICAL[:3]:
-                yield ratio_case((n,), family, f32, quick)
-        yield ratio_case((20_000,), "kl", bf16, quick)
+                yield ratio((n,), family)
+        yield ratio((20_000,), "kl", bf16)
     elif device == "cpu":
         for n in (10**k for k in range(2, 8)):
             for family in FAMILIES:
-                yield ratio_case((n,), family, f32, quick)
+                yield ratio((n,), family)
         if (cores := torch.get_num_threads()) > 1:
             for family in TYPICAL:
-                yield ratio_case((10**7,), family, f32, quick, threads=cores)
+                yield ratio((10**7,), family, threads=cores)
     else:  # what a run that is cut short must have comes first
         for n in (10**7, 64, 10**8):
             for family in FAMILIES:
-                yield ratio_case((n,), family, f32, quick)
+                yield ratio((n,), family)
     medium, large = (20_000, 20_000) if quick else (10**6, 10**6) if device == "cpu" else (10**7, 10**8)
     for family in ("kl", "jensen_shannon"):
         yield given_shift_case(large, family)
         yield backward_case(large, family)
-        yield ratio_case((medium // 1000, 1000), family, f32, quick)
+        yield ratio((medium // 1000, 1000), family)
         if device == "cuda":
-            yield ratio_case((medium // 64, 64), family, f32, quick)
-            yield ratio_case((100, medium // 100), family, f32, quick)
-            yield ratio_case((medium,), family, f64, quick)
+            yield ratio((medium // 64, 64), family)
+            yield ratio((100, medium // 100), family)
+            yield ratio((medium,), family, f64)
     if device == "cuda" and not quick:
         for n in (10**8, 64, 10**5):
             for family in FAMILIES if n == 10**8 else TYPICAL:
-                yield ratio_case((n,), family, bf16, quick)
+                yield ratio((n,), family, bf16)
         for n in (10**5, 10**6):
             for family in FAMILIES:
-                yield ratio_case((n,), family, f32, quick)
+                yield ratio((n,), family)
 
 
 def measure_calls() -> dict:

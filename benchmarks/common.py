@@ -180,11 +180,8 @@ def run(arguments: argparse.Namespace, name: str, cases: Iterable[Case], **extra
             traceback.print_exc()
             rows.append(failure(case, error))
         print(line(rows[-1]), flush=True)
-        threads = torch.get_num_threads()
         torch.set_num_threads(every)
         save(arguments.out, name, rows, device, **extra)
-        torch.set_num_threads(threads)
-    torch.set_num_threads(every)
     if any("error" in row for row in rows):
         sys.exit(1)
 

@@ -34,11 +34,14 @@ from gate_results import FORMAT, SANITIZERS, TestResults, summary_table
 ROOT = machine.ROOT
 BENCHMARKS = Path(__file__).resolve().parent
 SITE = ROOT / "build" / "gpu_gate"  # the built package: the checkout's own has no libraries and must not be imported
-LIMITS = {"facts": 60, "build": 300, "tests": 180, "sanitizer": 150, "benchmarks": 100, "kernels": 45}
+LIMITS = {"facts": 60, "build": 300, "tests": 180, "sanitizer": 150, "benchmarks": 140, "kernels": 60}
 LOG_BYTES = 2**20  # of each section's output, the end
 WORKERS = 6
 REHEARSED_TESTS = "tests/test_philox.py"
 NOT_ON_A_DEVICE = {"bench_demo"}
+
+# A finding of compute-sanitizer, and the line below it that says in which kernel.
+REPORT = re.compile(r"^=+ ((?:Error|Warning|Invalid|Uninitialized|Potential|Barrier).*)(?:\n=+\s+(at .*))?", re.M)
 
 Section = dict[str, Any]
 

@@ -148,7 +148,8 @@ def gpu() -> str:
     ]
     for op, variants in SHOWN_ON_GPU.items():
         for variant in variants:
-            if row := largest.get((op, variant)):
+            if (op, variant) in largest:
+                row = largest[op, variant]
                 ours = row["time"]["refine_ext"]["seconds"]
                 eager = next((x for x in ("eager", "searchsorted", "torch") if x in row["time"]), "eager")
                 lines.append(

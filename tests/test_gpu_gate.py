@@ -106,6 +106,7 @@ def gate(tmp_path):
 
 
 READ = "Invalid __global__ read of size 4 bytes"
+PLACE = "at void scan_kernel<float>(int)+0x70"
 STAND_IN = """#!/bin/sh
 echo "========= COMPUTE-SANITIZER"
 {before}
@@ -141,7 +142,7 @@ def test_sanitizer_section(gate, tmp_path, monkeypatch, summary, code, before, s
     section = gpu_gate.sanitize(gate, "memcheck")
     assert section["status"] == status, section
     if READ in before:
-        assert section["reports"] == [READ]
+        assert section["reports"] == [f"{READ} {PLACE}"]
 
 
 def test_sanitizer_section_without_tests_or_tool(gate, monkeypatch):
