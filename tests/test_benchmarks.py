@@ -6,6 +6,7 @@ What it cannot show is what events and graphs do on a device; it shows that ever
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_every_case_runs_on_a_gpu_s_path(bench, on_cpu):
         assert common.line(row)
         seen.add((row["op"], row["variant"], row["dtype"], tuple(row["shape"]), row.get("num")))
     assert len(seen) == len(list(bench.cases("cuda", quick=True))), "two cases cannot be told apart"
+
+
+def test_threads_of_a_case_are_put_back(tmp_path, threads):
+    """The cases after one on a single thread know again how many there are."""
+    threads(2)
+    seen = []
+
+    def cases():
+        for _ in range(2):
+            seen.append(torch.get_num_threads())
+            yield bench_density_ratio.ratio_case((100,), "kl", torch.float32, compiled=False)
+
+    arguments = SimpleNamespace(device="cpu", quick=True, out=tmp_path / "result.json")
+    common.run(arguments, "density_ratio", cases())
+    assert seen == [2, 2]
+    assert len(json.loads((tmp_path / "result.json").read_text())["rows"]) == 2
 
 
 def test_every_op_is_measured():

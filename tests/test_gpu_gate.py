@@ -122,12 +122,7 @@ exit {code}
     [
         ("========= ERROR SUMMARY: 0 errors", "$code", "", "passed"),
         ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "$code", "", "passed"),
-        (
-            "========= ERROR SUMMARY: 10 errors",
-            "86",
-            'echo "========= Invalid __global__ read of size 4 bytes"',
-            "failed",
-        ),
+        ("========= ERROR SUMMARY: 10 errors", "86", f'echo "========= {READ}\n=========     {PLACE}"', "failed"),
         # Findings must fail the section even where the tool exits as if there were none.
         ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", "0", "", "failed"),
         ("the tool died", "0", "", "failed"),
