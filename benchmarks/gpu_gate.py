@@ -199,9 +199,7 @@ def sanitize(gate: Gate, tool: str) -> Section:
         return section
     summaries = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", text, re.M)
     section["summary"] = summaries[-1] if summaries else "none"
-    section["reports"] = re.findall(r"^=+ ((?:Error|Warning|Invalid|Uninitialized|Potential|Barrier).*)$", text, re.M)[
-        :20
-    ]
+    section["reports"] = [" ".join(report).strip() for report in REPORT.findall(text)][:20]
     if section["status"] == "passed" and not re.search(r"SUMMARY: 0 ", section["summary"]):
         section |= {"status": "failed", "reason": section["summary"]}
     return section
