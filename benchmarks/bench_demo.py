@@ -15,7 +15,7 @@ from common import parser, save
 
 
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    arguments = parser(__doc__.splitlines()[0], devices=("cpu",)).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "refine_ext", "demo", "--out", folder]
         subprocess.run([*command, "--quick"] if arguments.quick else command, check=True)

@@ -1,10 +1,9 @@
-"""Density ratios with their normaliser: refine_ext against torch eager, torch.compile and a copy of the same bytes.
+"""Density ratios with their normaliser: refine_ext against torch eager, torch.compile and a copy of as many samples.
 
     python benchmarks/bench_density_ratio.py --out benchmarks/results/density_ratio_cpu.json
 
-What torch users write is restated here as well as we can: logsumexp for `kl`, for the others a safeguarded Newton
-search for the shift, to the same tolerance, that stops as soon as it is met. Bytes that must move for n float32
-samples: 12 n for `kl` (read, read, write), 16 n for the others (one more read); a copy moves 8 n.
+What torch users write is restated in torch_density_ratio.py; what must move stands in traffic.py. `refine_ext` writes
+into a given output, `refine_ext_fresh` into a new one. On a GPU a name with `_graph` is the same call in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,150 +12,190 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import interleaved, parser, save
+from common import Case, normal, parser, run
+from timing import interleaved
 from torch import Tensor
+from torch_density_ratio import FAMILIES, FORMULAS, compiled_ratio, torch_ratio
+from traffic import traffic
 
 import refine_ext as rx
+from refine_ext._ops import ops
+from refine_ext.divergence import parse_divergence
 
-FAMILIES = (
-    "kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "gan",
-    "pearson_chi2",
-    "neyman_chi2",
-    "squared_hellinger",
-    "jeffreys",
-    "alpha:0.3",
-)
-TOLERANCE = 1e-6
+TYPICAL = ("kl", "jensen_shannon", "pearson_chi2", "squared_hellinger")
 
 
-def _lambert_w_exp(s: Tensor) -> Tensor:
-    """W(e^s), by Newton on w + log w = s."""
-    w = torch.where(s > 1, s, (s - 1).exp().clamp_min(1e-30))
-    for _ in range(6):
-        w = (w * (1 + s - w.log()) / (1 + w)).clamp_min(1e-30)
-    return w
+def _mean_error(ratio: Tensor) -> float:
+    """The mean ratio − 1, of the row where it is largest."""
+    error = ratio.double().mean(-1).reshape(-1) - 1
+    return error[error.abs().argmax()].item()
 
 
-# r(t) and its derivative, as one would type them from the table of f-divergences.
-FORMULAS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "reverse_kl": lambda t: (-1 / t, 1 / t**2),
-    "jensen_shannon": lambda t: ((r := t.exp() / (2 - t.exp())), r + r * r),
-    "gan": lambda t: ((r := t.exp() / (1 - t.exp())), r + r * r),
-    "pearson_chi2": lambda t: ((1 + t / 2).clamp_min(0), 0.5 * (t > -2)),
-    "neyman_chi2": lambda t: ((1 - t) ** -0.5, 0.5 * (1 - t) ** -1.5),
-    "squared_hellinger": lambda t: ((1 - t) ** -2, 2 * (1 - t) ** -3),
-    "jeffreys": lambda t: ((w := 1 / _lambert_w_exp(1 - t)), w * w / (1 + w)),
-    "alpha:0.3": lambda t: ((1 - 0.7 * t) ** (-1 / 0.7), (1 - 0.7 * t) ** (-1 / 0.7 - 1)),
-}
-SUPREMUM = {"reverse_kl": 0.0, "jensen_shannon": math.log(2), "gan": 0.0, "neyman_chi2": 1.0}
-SUPREMUM |= {"squared_hellinger": 1.0, "alpha:0.3": 1 / 0.7}
-TANGENT = {"reverse_kl": -1.0, "gan": -math.log(2)}
+def ratio_case(shape: tuple[int, ...], family: str, dtype: torch.dtype, compiled: bool, threads: int = 1) -> Case:
+    rows = len(shape) > 1
+    dim = -1 if rows else None
 
+    def inputs(random: torch.Generator) -> dict[str, Tensor]:
+        h = normal(shape, random, dtype)
+        wide = {"wide": h.double()} if dtype == torch.float32 else {}
+        return {"h": h, "out": torch.empty_like(h), **wide}
 
-def torch_ratio(h: Tensor, family: str, *, step: Callable | None = None) -> Tensor:
-    """The ratio in torch operations: closed form for kl, else safeguarded Newton for the shift."""
-    if family == "kl":
-        return torch.exp(h - (torch.logsumexp(h, 0) - math.log(h.numel())))
-    formula = FORMULAS[family]
-
-    def evaluate(h: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ratio, slope = formula(h - shift)
-        return ratio, ratio.mean(), slope.mean()
-
-    evaluate = step or evaluate
-    top = h.max()
-    low = top - SUPREMUM[family] if family in SUPREMUM else h.min() - TANGENT.get(family, 0.0)
-    high = top - TANGENT.get(family, 0.0)
-    shift = 0.5 * (low + high)
-    for _ in range(60):
-        ratio, mean, slope = evaluate(h, shift)
-        if abs(mean.item() - 1) < TOLERANCE:
-            break
-        low, high = (shift, high) if mean > 1 else (low, shift)
-        shift = shift + (mean - 1) / slope
-        if not low < shift < high:
-            shift = 0.5 * (low + high)
-    return ratio
-
-
-def compiled_steps() -> dict[str, Callable]:
-    """One Newton evaluation of each family, compiled; kl is compiled whole."""
-    torch._dynamo.config.recompile_limit = 64  # every family is a version of the same function
-    steps: dict[str, Callable] = {}
-    for family, formula in FORMULAS.items():
-
-        def evaluate(h, shift, formula=formula):
-            ratio, slope = formula(h - shift)
-            return ratio, ratio.mean(), slope.mean()
-
-        steps[family] = torch.compile(evaluate, dynamic=True)
-    steps["kl"] = torch.compile(lambda h: torch.exp(h - (torch.logsumexp(h, 0) - math.log(h.numel()))), dynamic=True)
-    return steps
-
-
-def contenders(h: Tensor, family: str, step: Callable) -> dict[str, Callable[[], Any]]:
-    wide, out, target = h.double(), torch.empty_like(h), torch.empty_like(h)
-    for _ in range(2):  # compiling is not what is measured
-        step(h) if family == "kl" else step(h, h.max() + 1)
-    return {
-        "copy": lambda: target.copy_(h),
-        "refine_ext": lambda: rx.density_ratio(h, family, output="ratio", out=out),
-        "refine_ext_fresh": lambda: rx.density_ratio(h, family, output="ratio"),
-        "eager": lambda: torch_ratio(h, family),
-        "eager_float64": lambda: torch_ratio(wide, family),
-        "compile": (lambda: step(h)) if family == "kl" else lambda: torch_ratio(h, family, step=step),
+    contenders: dict[str, Callable[[Any], Any]] = {
+        "refine_ext": lambda s: rx.density_ratio(s["h"], family, dim=dim, output="ratio", out=s["out"]),
+        "refine_ext_fresh": lambda s: rx.density_ratio(s["h"], family, dim=dim, output="ratio"),
+        "eager": lambda s: torch_ratio(s["h"], family),
     }
+    if dtype == torch.float32:
+        contenders["eager_float64"] = lambda s: torch_ratio(s["wide"], family)
+    if family == "kl":
+        contenders["softmax"] = lambda s: torch.softmax(s["h"], -1) * shape[-1]
+    if compiled:
+        contenders["compile"] = lambda s: compiled_ratio(s["h"], family)
 
+    def accuracy(s: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        ours = rx.density_ratio(s["h"], family, dim=dim, output="ratio").ratio
+        return {"mean_error": {"refine_ext": _mean_error(ours), "eager": _mean_error(torch_ratio(s["h"], family))}}
 
-def measure(
-    sizes: list[int], threads: int, compiled: dict[str, Callable], families: tuple[str, ...] = FAMILIES
-) -> list[dict]:
-    torch.set_num_threads(threads)
-    rows = []
-    for n in sizes:
-        h = torch.randn(n, generator=torch.Generator().manual_seed(0))
-        for family in families:
-            timed = interleaved(contenders(h, family, compiled[family]), budget=4.0)
-            errors = {
-                "refine_ext": rx.density_ratio(h, family, output="ratio").ratio.double().mean().item() - 1,
-                "eager": torch_ratio(h, family).double().mean().item() - 1,
-            }
-            rows.append({"n": n, "threads": threads, "divergence": family, "time": timed, "mean_error": errors})
-            seconds = {name: value["seconds"] for name, value in timed.items()}
-            ours = seconds["refine_ext"]
-            moved = (12 if family == "kl" else 16) / 8
-            print(
-                f"n={n:<9} threads={threads} {family:18} {ours * 1e6:10.1f} us   "
-                f"copy bandwidth x{moved * seconds['copy'] / ours:5.2f}   eager x{seconds['eager'] / ours:6.1f}   "
-                f"f64 x{seconds['eager_float64'] / ours:6.1f}   compile x{seconds['compile'] / ours:6.1f}   "
-                f"mean error {errors['refine_ext']:+.1e} (eager {errors['eager']:+.1e})",
-                flush=True,
-            )
-    return rows
-
-
-def measure_bound(family: str) -> dict:
-    """Backward of the bound against its forward at 1e6."""
-    real, fake = torch.randn(10**6), torch.randn(10**6, requires_grad=True)
-    value = rx.variational_bound(real, fake, family)
-    return interleaved(
-        {
-            "forward": lambda: rx.variational_bound(real, fake, family),
-            "backward": lambda: torch.autograd.grad(value, fake, retain_graph=True),
-        },
-        repeats=15,
+    short = rows and shape[-1] <= 16384  # what a block keeps in its caches
+    return Case(
+        op="density_ratio",
+        variant=f"{family} rows" if rows else family,
+        dtype=dtype,
+        shape=shape,
+        traffic=traffic("density_ratio", math.prod(shape), dtype.itemsize, "rows" if short else family),
+        inputs=inputs,
+        contenders=contenders,
+        capturable=("refine_ext", "refine_ext_fresh", *(("eager", "softmax") if family == "kl" else ())),
+        accuracy=accuracy,
+        axes={"divergence": family},
+        threads=threads,
     )
 
 
+def given_shift_case(n: int, family: str) -> Case:
+    """The shift of an earlier sample, which makes each ratio a function of its own output."""
+
+    def inputs(random: torch.Generator) -> dict[str, Tensor]:
+        h = normal((n,), random)
+        return {"h": h, "out": torch.empty_like(h), "shift": rx.density_ratio(h, family).shift + 0.01}
+
+    def eager(s: dict[str, Tensor]) -> Tensor:
+        return FORMULAS[family](s["h"] - s["shift"].float())[0]
+
+    def accuracy(s: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        want = FORMULAS[family](s["h"].double() - s["shift"])[0]
+        ours = rx.density_ratio(s["h"], family, shift=s["shift"], output="ratio").ratio
+
+        def largest(got: Tensor) -> float:
+            return (got.double() / want - 1).abs()[want > 0].max().item()
+
+        return {"relative_error": {"refine_ext": largest(ours), "eager": largest(eager(s))}}
+
+    def ours(s: dict[str, Tensor]) -> Any:
+        return rx.density_ratio(s["h"], family, shift=s["shift"], output="ratio", out=s["out"])
+
+    return Case(
+        op="density_ratio",
+        variant=f"{family} given shift",
+        shape=(n,),
+        traffic=traffic("density_ratio", n, 4, "given"),
+        inputs=inputs,
+        contenders={"refine_ext": ours, "eager": eager},
+        capturable=("refine_ext", "eager"),
+        accuracy=accuracy,
+    )
+
+
+def backward_case(n: int, family: str) -> Case:
+    """Gradient of log-ratios: through the op itself, through autograd, and the implicit function theorem in torch."""
+    code, alpha = parse_divergence("benchmark", family, "variational")
+
+    def inputs(random: torch.Generator) -> dict[str, Tensor]:
+        h = normal((n,), random).requires_grad_()
+        log_ratio, stats = ops.density_ratio.default(h, None, None, code, alpha, False, False)
+        grad = normal((n,), random)
+        return {"h": h, "log_ratio": log_ratio, "stats": stats, "grad": grad, "grad_stats": torch.zeros_like(stats)}
+
+    def ours(s: dict[str, Tensor]) -> Tensor:
+        saved = s["log_ratio"].detach(), s["stats"].detach()
+        return ops.density_ratio_backward.default(s["grad"], s["grad_stats"], *saved, None, True, code, alpha)
+
+    def eager(grad: Tensor, log_ratio: Tensor) -> Tensor:
+        # d log r / dh = k (1 - ...): k = 1 for kl, 1 + r for jensen_shannon.
+        ratio = log_ratio.exp()
+        factor = torch.ones_like(ratio) if family == "kl" else 1 + ratio
+        return factor * (grad - ratio * ((factor * grad).sum() / (ratio * factor).sum()))
+
+    def accuracy(s: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        log_ratio = s["log_ratio"].detach()
+        want = eager(s["grad"].double(), log_ratio.double())
+        got = {"refine_ext": ours(s), "eager": eager(s["grad"], log_ratio)}
+        return {"absolute_error": {name: (x.double() - want).abs().max().item() for name, x in got.items()}}
+
+    return Case(
+        op="density_ratio_backward",
+        variant=family,
+        shape=(n,),
+        traffic=traffic("density_ratio_backward", n, 4),
+        inputs=inputs,
+        contenders={
+            "refine_ext": ours,
+            "refine_ext_autograd": lambda s: torch.autograd.grad(s["log_ratio"], s["h"], s["grad"], retain_graph=True),
+            "eager": lambda s: eager(s["grad"], s["log_ratio"].detach()),
+        },
+        capturable=("refine_ext", "eager"),
+        accuracy=accuracy,
+    )
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
+
+    def ratio(shape: tuple[int, ...], family: str, dtype: torch.dtype = f32, threads: int = 1) -> Case:
+        # Compiling takes seconds a family and dtype, for all of which a GPU's minutes are too short.
+        compiled = family in TYPICAL if device == "cuda" else dtype == f32
+        return ratio_case(shape, family, dtype, compiled and not quick, threads)
+
+    if quick:
+        for n in (100, 100_000):
+            for family in TYPICAL[:3]:
+                yield ratio((n,), family)
+        yield ratio((20_000,), "kl", bf16)
+    elif device == "cpu":
+        for n in (10**k for k in range(2, 8)):
+            for family in FAMILIES:
+                yield ratio((n,), family)
+        if (cores := torch.get_num_threads()) > 1:
+            for family in TYPICAL:
+                yield ratio((10**7,), family, threads=cores)
+    else:  # what a run that is cut short must have comes first
+        for n in (10**7, 64, 10**8):
+            for family in FAMILIES:
+                yield ratio((n,), family)
+    medium, large = (20_000, 20_000) if quick else (10**6, 10**6) if device == "cpu" else (10**7, 10**8)
+    for family in ("kl", "jensen_shannon"):
+        yield given_shift_case(large, family)
+        yield backward_case(large, family)
+        yield ratio((medium // 1000, 1000), family)
+        if device == "cuda":
+            yield ratio((medium // 64, 64), family)
+            yield ratio((100, medium // 100), family)
+            yield ratio((medium,), family, f64)
+    if device == "cuda" and not quick:
+        for n in (10**8, 64, 10**5):
+            for family in FAMILIES if n == 10**8 else TYPICAL:
+                yield ratio((n,), family, bf16)
+        for n in (10**5, 10**6):
+            for family in FAMILIES:
+                yield ratio((n,), family)
+
+
 def measure_calls() -> dict:
-    """64-element calls, and the backward of the bound against its forward at 1e6."""
+    """64-element calls on the CPU, where they are Python and dispatch."""
     torch.set_num_threads(1)
     small = torch.randn(64)
     out = torch.empty_like(small)
@@ -169,29 +208,24 @@ def measure_calls() -> dict:
         },
         repeats=50,
     )
-    bounds = {family: measure_bound(family) for family in ("kl", "jensen_shannon", "pearson_chi2")}
     print("64 elements:", {k: f"{v['seconds'] * 1e6:.1f} us" for k, v in calls.items()})
-    for family, timed in bounds.items():
-        ratio = timed["backward"]["seconds"] / timed["forward"]["seconds"]
-        print(f"variational_bound {family}: backward / forward = {ratio:.2f}")
-    return {"small_call": calls, "bound_backward": bounds}
+    return calls
 
 
 def measure_simd() -> dict:
     """Seconds at 1e6, one thread, for each instruction set that this CPU runs, in turns."""
     script = (
-        "import sys, torch, refine_ext as rx; from common import interleaved; torch.set_num_threads(1);"
+        "import sys, torch, refine_ext as rx; from timing import interleaved; torch.set_num_threads(1);"
         "h = torch.randn(10**6); out = torch.empty_like(h);"
         "t = interleaved({f: (lambda f=f: rx.density_ratio(h, f, output='ratio', out=out)) for f in sys.argv[1:]});"
         "print(*[t[f]['seconds'] for f in sys.argv[1:]])"
     )
-    families = ("kl", "jensen_shannon", "pearson_chi2", "squared_hellinger")
     best: dict[str, list[float]] = {}
     for _ in range(3):
         for level in rx._C.build_info()["simd_compiled"]:
             environment = {**os.environ, "REFINE_EXT_SIMD": level}
             done = subprocess.run(
-                [sys.executable, "-c", script, *families],
+                [sys.executable, "-c", script, *TYPICAL],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -201,22 +235,18 @@ def measure_simd() -> dict:
             times = [float(x) for x in done.stdout.split()]
             best[level] = [min(a, b) for a, b in zip(best.get(level, times), times, strict=True)]
     for level, times in best.items():
-        print(f"SIMD {level}:", {f: f"{t * 1e6:.0f} us" for f, t in zip(families, times, strict=True)})
-    return {level: dict(zip(families, times, strict=True)) for level, times in best.items()}
+        print(f"SIMD {level}:", {f: f"{t * 1e6:.0f} us" for f, t in zip(TYPICAL, times, strict=True)})
+    return {level: dict(zip(TYPICAL, times, strict=True)) for level, times in best.items()}
 
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
-    sizes = [10**2, 10**5] if arguments.quick else [10**k for k in range(2, 8)]
-    cores = torch.get_num_threads()
-    compiled = compiled_steps()
-    calls = measure_calls()
-    simd = measure_simd()
-    rows = measure(sizes, 1, compiled)
-    if cores > 1 and not arguments.quick:
-        rows += measure([10**7], cores, compiled, ("kl", "jensen_shannon", "pearson_chi2", "squared_hellinger"))
-    torch.set_num_threads(cores)
-    save(arguments.out, "density_ratio", rows, calls=calls, simd=simd)
+    extra = {}
+    if arguments.device == "cpu" and not arguments.quick:
+        every = torch.get_num_threads()
+        extra = {"calls": {"small_call": measure_calls()}, "simd": measure_simd()}
+        torch.set_num_threads(every)
+    run(arguments, "density_ratio", cases(arguments.device, arguments.quick), **extra)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Writes the README's tables from the committed results: python benchmarks/report.py
+"""Writes from the committed results: the README's tables, the plots in docs/, results/README.md.
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+    python benchmarks/report.py
+
+Each table stands in the README between `<!-- table: NAME -->` and `<!-- end -->`; one whose results do not exist
+yet is empty there.
 """
 
 from __future__ import annotations
@@ -8,32 +11,78 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import gate_results
+import ledger
+import roofline
+from traffic import traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+# What the README shows of a GPU run, at the largest size that was measured.
+SHOWN_ON_GPU = {
+    "density_ratio": ("kl", "reverse_kl", "jensen_shannon", "gan", "pearson_chi2", "neyman_chi2", "squared_hellinger",
+                      "jeffreys", "alpha:0.3"),
+    "density_ratio_backward": ("kl", "jensen_shannon"),
+    "variational_bound": ("kl", "jensen_shannon", "pearson_chi2", "kl step"),
+    "dual_bound": ("logistic_loss",),
+    "resample": ("multinomial", "stratified", "systematic", "residual"),
+    "rejection": ("rejection",),
+}  # fmt: skip
 
 
-def _load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def _load(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _times(value: float) -> str:
     return f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} µs"
+
+
+def _slower(row: dict[str, Any], name: str, ours: float) -> str:
+    seconds = row["time"].get(name, {}).get("seconds")
+    return _times(seconds / ours) if seconds else "–"
+
+
+def complete(benchmark: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A measured row, with what rows were written without before they had to be told from others' rows."""
+    known = {"op": benchmark, "variant": row.get("divergence"), "dtype": "float32", **row}
+    known["itemsize"] = ITEMSIZE[known["dtype"]]
+    if "bytes" not in row:
+        known["bytes"] = traffic(benchmark, row["n"], known["itemsize"], known["variant"]).streamed
+    return known
+
+
+def measured(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [complete(document["benchmark"], row) for row in document["rows"] if "time" in row]
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    return f"{facts['cpu']} ({facts['simd']}), torch {facts['torch']}, commit {facts['commit']}, {facts['date']}"
+
+
 def density_ratio() -> str:
     result = _load("density_ratio_cpu")
-    facts = result["facts"]
-    rows = [r for r in result["rows"] if r["n"] == 10**7 and r["threads"] == 1]
+    if result is None:
+        return ""
     lines = [
         "| divergence | time | of copy bandwidth | torch eager | eager float64 | torch.compile "
         "| mean ratio − 1 | eager's |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in measured(result):
+        if row["n"] != 10**7 or row["threads"] != 1 or row["variant"] != row["divergence"]:
+            continue
         seconds = {name: t["seconds"] for name, t in row["time"].items()}
         ours = seconds["refine_ext"]
-        moved = (12 if row["divergence"] == "kl" else 16) / 8
+        moved = row["bytes"] / (2 * row["n"] * row["itemsize"])
         slower = [_times(seconds[name] / ours) for name in ("eager", "eager_float64", "compile")]
         errors = row["mean_error"]
         lines.append(
@@ -42,15 +91,85 @@ def density_ratio() -> str:
             + f" | {errors['refine_ext']:+.0e} | {errors['eager']:+.0e} |"
         )
     lines.append(
-        f"\n10⁷ float32 outputs, one thread, warm output, {facts['cpu']} ({facts['simd']}), "
-        f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. How many times longer torch takes. "
-        "A shared machine: within one interleaved run, and varying by tens of percent between runs."
+        f"\n10⁷ float32 outputs, one thread, warm output, {_machine(result['facts'])}. How many times longer torch "
+        "takes. A shared machine: within one interleaved run, and varying by tens of percent between runs."
     )
+    lines.append("\n![Bandwidth of every family against a copy](docs/roofline_cpu.png)")
+    return "\n".join(lines)
+
+
+def resampling() -> str:
+    result = _load("resampling_cpu")
+    if result is None:
+        return ""
+    lines = [
+        "| draws | from | time | of the memory limit | cumsum and searchsorted | torch's own | NumPy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in measured(result):
+        method = row["method"]
+        if row["threads"] != 1 or (row["n"] < 10**6 and method != "metropolis"):
+            continue
+        ours = row["time"]["refine_ext"]["seconds"]
+        limit = row["time"].get("limit", {}).get("seconds")
+        name = f"`{method}`" if method != "metropolis" else f"`metropolis`, {row['chains']} × {row['burn_in']} steps"
+        numpy = "numpy choice" if method == "multinomial" else "numpy"
+        own = "torch.multinomial" if method == "multinomial" else "torch"
+        others = [_slower(row, other, ours) for other in ("searchsorted", own, numpy)]
+        lines.append(
+            f"| {row['num']:,} {name} | {row['n']:,} | {_duration(ours)} | {f'{limit / ours:.0%}' if limit else '–'} | "
+            + " | ".join(others)
+            + " |"
+        )
+    lines.append(
+        f"\nfloat32 weights, one thread, {_machine(result['facts'])}. How many times longer the others take. "
+        "The memory limit: two sums over the weights and a fill of the result. Metropolis: torch and NumPy step all "
+        "chains at once."
+    )
+    return "\n".join(lines)
+
+
+def gpu() -> str:
+    runs = [run for run in gate_results.load(RESULTS) if gate_results.rows(run)]
+    if not runs:
+        return ""
+    run = runs[-1]
+    facts = run["facts"]
+    largest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in gate_results.rows(run):
+        variant = row.get("method", row["variant"])
+        key = (row["op"], variant)
+        shown = row["dtype"] == "float32" and variant in SHOWN_ON_GPU.get(row["op"], ())
+        if shown and row.get("num", row["n"]) == row["n"] and row["n"] > largest.get(key, {"n": 0})["n"]:
+            largest[key] = row
+    lines = [
+        "| op | samples | time | of copy bandwidth | torch eager | torch.compile |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op, variants in SHOWN_ON_GPU.items():
+        for variant in variants:
+            if (op, variant) in largest:
+                row = largest[op, variant]
+                ours = row["time"]["refine_ext"]["seconds"]
+                eager = next((x for x in ("eager", "searchsorted", "torch") if x in row["time"]), "eager")
+                lines.append(
+                    f"| `{op}` {variant} | {row['n']:,} | {_duration(ours)} | {row['copy_fraction']:.0%} | "
+                    f"{_slower(row, eager, ours)} | {_slower(row, 'compile', ours)} |"
+                )
+    card = facts.get("gpu", {})
+    lines.append(
+        f"\n{card.get('name')}, driver {card.get('driver_version')}, torch {facts['torch']}, commit {facts['commit']}, "
+        f"{facts['date']}; float32, inputs beyond the L2. Of copy bandwidth: the bytes of `benchmarks/traffic.py` over "
+        "those of copying as many samples in the same run. How many times longer torch takes."
+    )
+    lines.append("\n![Bandwidth of every op against a copy](docs/roofline_gpu.png)")
     return "\n".join(lines)
 
 
 def demo_digits() -> str:
     result = _load("demo_digits")
+    if result is None:
+        return ""
     facts = result["facts"]
     names = {
         "auc": "two-sample AUC (0.5 is best)",
@@ -75,18 +194,62 @@ def demo_digits() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"density_ratio": density_ratio, "demo_digits": demo_digits}
+TABLES = {"density_ratio": density_ratio, "resampling": resampling, "gpu": gpu, "demo_digits": demo_digits}
 
 
 def render(text: str) -> str:
     """`text` with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        return f"{match.group(1)}\n{TABLES[match.group(2)]()}\n{match.group(3)}"
+        content = TABLES[match.group(2)]()
+        return "\n".join(filter(None, (match.group(1), content, match.group(3))))
 
     return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
 
 
-if __name__ == "__main__":
+class Plot(NamedTuple):
+    rows: list[dict[str, Any]]
+    title: str
+    limit: float | None  # bytes a second of a large copy
+
+
+def _streams(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose bandwidth means something, each labelled by what has several sizes."""
+    kept = []
+    for row in rows:
+        if row.get("threads", 1) == 1 and row["op"] != "metropolis" and row.get("num", row["n"]) == row["n"]:
+            dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
+            kept.append({**row, "variant": row.get("method", row["variant"]) + dtype})
+    return kept
+
+
+def plots() -> dict[str, Plot]:
+    """The plots that the committed results allow, by their names in docs/."""
+    found: dict[str, Plot] = {}
+    documents = [d for name in ("density_ratio_cpu", "variational_bound_cpu", "resampling_cpu") if (d := _load(name))]
+    if rows := _streams([row for document in documents for row in measured(document)]):
+        facts = documents[0]["facts"]
+        title = f"{facts['cpu']} ({facts['simd']}), one thread, commit {facts['commit']}, {facts['date']}"
+        found["roofline_cpu"] = Plot(rows, title, documents[0].get("limits", {}).get("copy_bytes_per_second"))
+    runs = [run for run in gate_results.load(RESULTS) if gate_results.rows(run)]
+    if runs:
+        facts = runs[-1]["facts"]
+        rows = _streams([complete("", row) for row in gate_results.rows(runs[-1])])
+        limits = [
+            s["limits"] for name, s in runs[-1]["sections"].items() if name.startswith("bench_") and s.get("limits")
+        ]
+        title = f"{facts.get('gpu', {}).get('name')}, commit {facts['commit']}, {facts['date']}"
+        found["roofline_gpu"] = Plot(rows, title, max((x["copy_bytes_per_second"] for x in limits), default=None))
+    return found
+
+
+def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(render(readme.read_text()))
+    (RESULTS / "README.md").write_text(ledger.render(gate_results.load(RESULTS)))
+    for name, plot in plots().items():
+        roofline.draw(plot.rows, plot.title, plot.limit, ROOT / "docs" / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The benchmarks' code for a GPU, run on the CPU: torch.cuda is stood in for, the ops and contenders are real.
+
+What it cannot show is what events and graphs do on a device; it shows that every case runs to its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import refine_ext as rx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import bench_density_ratio
+import bench_resampling
+import bench_variational_bound
+import common
+import kernels
+import timing
+import traffic
+
+BENCHES = (bench_density_ratio, bench_resampling, bench_variational_bound)
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that are asked for on the GPU are made on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class Graph:
+    """What is captured runs at once; a replay of it does nothing."""
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=2**18))
+    monkeypatch.setattr(common, "generator", lambda device: torch.Generator().manual_seed(0))
+    monkeypatch.setitem(common.BUDGET, "cuda", 0.02)
+    monkeypatch.setitem(timing.SHORTEST_TURN, "cuda", 1e-5)
+    with OnCpu():
+        yield
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__)
+def test_every_case_runs_on_a_gpu_s_path(bench, on_cpu):
+    seen = set()
+    for case in bench.cases("cuda", quick=True):
+        row = common.measure(case, "cuda")
+        failed = {name: time["error"] for name, time in row["time"].items() if "error" in time}
+        assert not failed, (row["op"], row["variant"], failed)
+        assert {f"{name}_graph" for name in (*case.capturable, "copy")} <= row["time"].keys()
+        assert set(case.capturable) <= set(case.contenders)
+        assert row["sets"] > 1 or row["bytes_once"] >= common.CACHES * 2**18
+        assert common.line(row)
+        seen.add((row["op"], row["variant"], row["dtype"], tuple(row["shape"]), row.get("num")))
+    assert len(seen) == len(list(bench.cases("cuda", quick=True))), "two cases cannot be told apart"
+
+
+def test_threads_of_a_case_are_put_back(tmp_path, threads):
+    """The cases after one on a single thread know again how many there are."""
+    threads(2)
+    seen = []
+
+    def cases():
+        for _ in range(2):
+            seen.append(torch.get_num_threads())
+            yield bench_density_ratio.ratio_case((100,), "kl", torch.float32, compiled=False)
+
+    arguments = SimpleNamespace(device="cpu", quick=True, out=tmp_path / "result.json")
+    common.run(arguments, "density_ratio", cases())
+    assert seen == [2, 2]
+    assert len(json.loads((tmp_path / "result.json").read_text())["rows"]) == 2
+
+
+def test_every_op_is_measured():
+    """Every CUDA op has a benchmark's row; the two that write into a given tensor share one."""
+    measured = {case.op for bench in BENCHES for case in bench.cases("cuda", quick=False)}
+    assert measured == set(kernels.ops()) - {"density_ratio_out"}
+
+
+def test_a_failing_contender_costs_its_own_time_only(on_cpu):
+    def broken(inputs):
+        raise RuntimeError("does not\nrun here")
+
+    case = bench_density_ratio.ratio_case((100,), "kl", torch.float32, compiled=False)
+    case.contenders["eager"] = broken
+    row = common.measure(case, "cuda")
+    assert row["time"]["eager"] == {"error": "RuntimeError: does not run here"}
+    assert row["time"]["eager_graph"] == {"error": "RuntimeError: does not run here"}
+    assert row["time"]["refine_ext"]["seconds"] > 0
+    case.contenders["refine_ext"] = broken
+    with pytest.raises(RuntimeError, match="does not"):
+        common.measure(case, "cuda")
+
+
+def test_interleaved_counts_calls_and_turns():
+    """Medians per call: a run of ten calls is not ten times slower than a run of one."""
+
+    def busy(seconds):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    timed = timing.interleaved({"one": lambda: busy(1e-3), "ten": lambda: busy(1e-2)}, calls={"ten": 10}, repeats=5)
+    assert timed["ten"]["turns"] == 5
+    assert timed["one"]["seconds"] == pytest.approx(1e-3, rel=0.5)
+    assert timed["ten"]["seconds"] == pytest.approx(1e-3, rel=0.5)
+    slow = timing.interleaved({"slow": lambda: busy(0.05)}, budget=0.1)
+    assert slow["slow"]["turns"] == 1
+
+
+def test_rotating_takes_the_sets_in_turn():
+    seen = []
+    run = timing.rotating(seen.append, "abc")
+    for _ in range(4):
+        run()
+    assert seen == list("abca")
+
+
+def test_bytes_that_must_move():
+    assert traffic.traffic("density_ratio", 10, 4, "kl") == (120, 80)
+    assert traffic.traffic("density_ratio", 10, 2, "gan") == (80, 40)
+    assert traffic.traffic("variational_bound", 10, 4, "loose") == (80, 80)
+    assert traffic.draws_traffic("resample", 10, 3, 4) == (104, 64)
+    assert traffic.draws_traffic("rejection", 10, 10, 4) == (90, 50)
+
+
+def test_torch_s_ratios_are_density_ratios():
+    """The contenders compute what they are compared with: to their own tolerance where they converge."""
+    from torch_density_ratio import FAMILIES, torch_ratio
+
+    h = torch.randn(3, 500, dtype=torch.float64)
+    for family in FAMILIES:
+        want = rx.density_ratio(h, family, dim=-1).ratio
+        torch.testing.assert_close(torch_ratio(h, family), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tight", [True, False])
+def test_torch_s_bounds_are_variational_bounds(tight):
+    from torch_density_ratio import CONJUGATES, loose_bound, tight_bound
+
+    real, fake = (-torch.rand(400, dtype=torch.float64) - 0.1 for _ in range(2))
+    for family in CONJUGATES:
+        want = rx.variational_bound(real, fake, family, tight=tight)
+        got = (tight_bound if tight else loose_bound)(real, fake, family)
+        torch.testing.assert_close(got.reshape(()), want, rtol=1e-5, atol=1e-6)
