@@ -23,8 +23,7 @@ def cuda_status() -> tuple[bool, str]:
         torch.ops.load_library(str(_CUDA_LIBRARY))
     except OSError as error:
         return False, f"loading {_CUDA_LIBRARY.name} failed: {error.__cause__ or error}"
-    if not torch.cuda.is_available():
-        return True, "loaded, but torch finds no usable CUDA device"
+    # No question to the driver: it would end the use of CUDA in processes forked from this one.
     return True, "loaded"
 
 
