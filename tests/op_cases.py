@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from reference import NAMED, outputs
+from reference import CLIPPED, NAMED, outputs
 from torch import Tensor
 
 import refine_ext as rx
@@ -44,7 +44,9 @@ def _ratio(name: str, dtype: torch.dtype) -> Case:
     def call(*groups: Tensor) -> Iterable[Tensor]:
         for h in groups:
             r = rx.density_ratio(h, name, dim=-1)
-            yield from (r.log_ratio, r.shift, r.ess, r.max_weight, r.log_normalizer)
+            # Next to where a ratio is clipped to zero its logarithm is any number.
+            yield r.ratio if name in CLIPPED else r.log_ratio
+            yield from (r.shift, r.ess, r.max_weight)
 
     return Case(
         f"density_ratio-{name}-{short(dtype)}",
@@ -85,9 +87,8 @@ def _ratio_gradient(name: str, dtype: torch.dtype) -> Case:
             for given in (None, shift):
                 x = h.detach().requires_grad_()
                 r = rx.density_ratio(x, name, dim=-1, shift=given)
-                yield from torch.autograd.grad(
-                    [r.log_ratio, r.log_normalizer], x, [grad, torch.ones_like(r.log_normalizer)]
-                )
+                upstream = [grad * r.ratio.detach(), torch.ones_like(r.log_normalizer)]
+                yield from torch.autograd.grad([r.log_ratio, r.log_normalizer], x, upstream)
 
     return Case(f"density_ratio_backward-{name}-{short(dtype)}", inputs, call)
 
