@@ -12,6 +12,7 @@ from torch.library import opcheck
 import refine_ext as rx
 from refine_ext.divergence import parse_divergence
 
+pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.refine_ext
 FAMILY = ("kl", "gan", "pearson_chi2", "jeffreys")  # one of each form of backward formula
 

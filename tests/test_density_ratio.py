@@ -21,6 +21,7 @@ from reference import (
 
 import refine_ext as rx
 
+pytestmark = pytest.mark.usefixtures("device")
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 # What the docstring promises of the search: |E r − 1| of the solved shift.
 RESIDUAL = {torch.float64: 1e-12, torch.float32: 3e-7, torch.float16: 3e-7, torch.bfloat16: 3e-7}

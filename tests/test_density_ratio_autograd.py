@@ -13,6 +13,7 @@ from torch.func import vmap
 
 import refine_ext as rx
 
+pytestmark = pytest.mark.usefixtures("device")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 

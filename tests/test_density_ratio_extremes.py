@@ -15,6 +15,7 @@ from test_density_ratio import EPS, assert_normalised
 
 import refine_ext as rx
 
+pytestmark = pytest.mark.usefixtures("device")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 INF, NAN = math.inf, math.nan

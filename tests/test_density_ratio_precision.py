@@ -14,6 +14,7 @@ from reference import CLIPPED, FAMILIES, SUPREMUM, log_ratio, numpy_of
 
 import refine_ext as rx
 
+pytestmark = pytest.mark.usefixtures("device")
 # No shift, one that float16 and bfloat16 inputs subtract exactly, and one that float32 must round.
 SHIFTS = (0.0, 0.375, -2.1)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

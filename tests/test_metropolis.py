@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 
 import refine_ext as rx
 
+pytestmark = pytest.mark.usefixtures("device")
 P_VALUE = 1e-4
 
 

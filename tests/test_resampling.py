@@ -17,6 +17,7 @@ from torch import Tensor
 import refine_ext as rx
 from refine_ext.resampling import METHODS
 
+pytestmark = pytest.mark.usefixtures("device")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 P_VALUE = 1e-4  # seeds are fixed: a p-value below this is a defect, not bad luck
 

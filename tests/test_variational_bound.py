@@ -17,6 +17,7 @@ import refine_ext as rx
 from refine_ext import _C
 from refine_ext.divergence import parse_divergence
 
+pytestmark = pytest.mark.usefixtures("device")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 EPS32 = 2.0**-23
 

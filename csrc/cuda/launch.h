@@ -28,7 +28,8 @@ inline int multiprocessors() { return cuda_on_cpu::multiprocessors(); }
 
 template <class... P, class... A>
 void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, void*, A... arguments) {
-  cuda_on_cpu::run(op, blocks, threads, [&] { kernel(static_cast<P>(arguments)...); });
+  cuda_on_cpu::run(op, reinterpret_cast<const void*>(kernel), blocks, threads,
+                   [&] { kernel(static_cast<P>(arguments)...); });
 }
 
 #else

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -16,6 +17,16 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+
+// The tests register the CUDA ops a second time, under another name and for tensors on the CPU, with the
+// kernels run by tests/cuda_on_cpu.
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+#define REFINE_EXT_LIBRARY refine_ext_on_cpu
+#define REFINE_EXT_CUDA_KEY CPU
+#else
+#define REFINE_EXT_LIBRARY refine_ext
+#define REFINE_EXT_CUDA_KEY CUDA
 #endif
 
 namespace refine_ext::ops {
@@ -55,7 +66,11 @@ inline bool is_float(ScalarType type) {
 inline bool is_cuda(const Tensor& tensor) {
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+  return device_type == aoti_torch_device_type_cpu();
+#else
   return device_type == aoti_torch_device_type_cuda();
+#endif
 }
 
 // Contiguous, on h's device; the same handle where it already is.
@@ -96,7 +111,13 @@ inline Tensor allocate(const int64_t* sizes, int64_t dims, ScalarType type, cons
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+  // NaN, or -1: what a kernel leaves unwritten shows.
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * static_cast<size_t>(tensor.element_size());
+  if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
+#endif
+  return tensor;
 }
 
 // A large fresh output costs more in page faults than in arithmetic; huge pages take most of that away.

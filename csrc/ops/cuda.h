@@ -1,11 +1,17 @@
 // What an op on a CUDA tensor does around its launches: current device and stream, scratch memory.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include "common.h"
 
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+#include "ops_on_cpu.h"  // DeviceGuard, current_stream and Scratch of tests/cuda_on_cpu
+#else
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 namespace refine_ext::ops {
+
+#if !defined(REFINE_EXT_CUDA_ON_CPU)
 
 using torch::stable::accelerator::DeviceGuard;
 
@@ -30,6 +36,8 @@ class Scratch {
  private:
   std::optional<Tensor> memory_;
 };
+
+#endif
 
 // Makes the tensor's device current.
 inline DeviceGuard guard_for(const Tensor& tensor, const char* op, const char* argument) {

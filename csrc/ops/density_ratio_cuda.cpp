@@ -150,7 +150,7 @@ Tensor dual_slope(const Tensor& grad, const Tensor& logit, bool conjugate, int64
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(refine_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(REFINE_EXT_LIBRARY, REFINE_EXT_CUDA_KEY, m) {
   m.impl("density_ratio", TORCH_BOX(&density_ratio));
   m.impl("density_ratio_out", TORCH_BOX(&density_ratio_out));
   m.impl("density_ratio_backward", TORCH_BOX(&density_ratio_backward));

@@ -4,9 +4,9 @@
 // divergence and alpha are a Divergence and its parameter (csrc/math/divergence.h). A `stats` row holds, in
 // float64: shift, log sum w r, log sum (w r)^2, log max w r, log sum w, log r at the anchor, the anchor and
 // its low part.
-#include <torch/csrc/stable/library.h>
+#include "common.h"
 
-STABLE_TORCH_LIBRARY(refine_ext, m) {
+STABLE_TORCH_LIBRARY(REFINE_EXT_LIBRARY, m) {
   m.def(
       "density_ratio(Tensor h, Tensor? base_weights, Tensor? shift, int divergence, float alpha, bool ratio, "
       "bool check)"

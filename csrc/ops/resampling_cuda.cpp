@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> metropolis(const Tensor& log_ratio_in, int64_t num, i
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(refine_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(REFINE_EXT_LIBRARY, REFINE_EXT_CUDA_KEY, m) {
   m.impl("resample", TORCH_BOX(&resample));
   m.impl("rejection", TORCH_BOX(&rejection));
   m.impl("metropolis", TORCH_BOX(&metropolis));

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the host, for tests: the very same .cuh files, compiled by a host compiler and its
 // sanitizers. Each CUDA thread is a fiber; the fibers of a block take turns on one OS thread and blocks run
 // one after another, so a run is deterministic. What a GPU would leave undefined is reported: barriers that
-// not every thread reaches, shuffles across lanes that are not there, and, by the sanitizers, accesses out of
-// bounds or out of order.
+// not every thread reaches and shuffles across lanes that are not there by an exception of the launch, and, by
+// the sanitizers, accesses out of bounds or out of order.
 //
 // Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up
 // shuffles, static shared memory (REFINE_EXT_SHARED), 16-byte packs.
@@ -49,9 +49,10 @@ void warp_barrier(const char* file, int line);
 inline constexpr int kSlotBytes = 16;
 const unsigned char* exchange(const void* value, size_t bytes, const char* file, int line);
 
-// Runs `body` once for every thread of every block. The order of the blocks, and of a block's threads,
-// follows CUDA_ON_CPU_ORDER: forward, reverse or shuffled.
-void run(const char* name, int64_t blocks, int threads, const std::function<void()>& body);
+// Runs `body`, which calls `kernel`, once for every thread of every block. The order of the blocks, and of a
+// block's threads, follows CUDA_ON_CPU_ORDER: forward, reverse or shuffled. The kernel is remembered as
+// launched (cuda_on_cpu_write_launched in runtime.cpp).
+void run(const char* name, const void* kernel, int64_t blocks, int threads, const std::function<void()>& body);
 int multiprocessors();  // CUDA_ON_CPU_MULTIPROCESSORS, 2 unless told
 
 float half_to_float(uint16_t bits);

@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 HERE = Path(__file__).resolve().parent
-CUDA = HERE.parents[1] / "csrc" / "cuda"
+CSRC = HERE.parents[1] / "csrc"
+CUDA = CSRC / "cuda"
 COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-fno-omit-frame-pointer"]
-FLAGS += ["-DREFINE_EXT_CUDA_ON_CPU", f"-I{HERE}", "-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-Wno-unknown-pragmas", "-ffp-contract=off"]
-SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread"],
+AVAILABLE = COMPILER is not None and sys.platform == "linux"
+FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-DREFINE_EXT_CUDA_ON_CPU", f"-I{HERE}"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+# What a build is for: the op library, which tests load, or a program under a sanitizer.
+KINDS = {
+    "ops": ["-O1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+    "address": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
 }
-RUNTIME_FLAGS = {"address": "-DCUDA_ON_CPU_ASAN", "thread": "-DCUDA_ON_CPU_TSAN"}
+# The runtime is not instrumented: it is what tells the sanitizer about fibers.
+RUNTIME = {
+    "ops": KINDS["ops"],
+    "address": ["-O1", "-g1", "-DCUDA_ON_CPU_ASAN"],
+    "thread": ["-O1", "-g1", "-DCUDA_ON_CPU_TSAN"],
+}
 
 
-def _kernels(program: str, sanitizer: str) -> list[Path]:
+def _kernels(program: str, kind: str) -> list[Path]:
     """The sources of csrc/cuda that a program links."""
     if program == "planted_bugs":
         return []
     if program == "resampling_main":
         return [CUDA / "resampling.cu"]
     kernels = sorted(CUDA.glob("density_ratio*.cu"))
-    if sanitizer == "address":
+    if kind == "address":
         return kernels
     # The race check instruments every access; one storage type is enough for it.
     others = [kernel for kernel in kernels if "16" not in kernel.stem and "64" not in kernel.stem]
@@ -54,40 +68,111 @@ def _make(command: list[str], target: Path) -> None:
     os.replace(unfinished, target)
 
 
-def _sources_hash() -> str:
-    digest = hashlib.sha256(repr((FLAGS, SANITIZERS)).encode())
-    sources = [*HERE.iterdir(), *CUDA.iterdir(), *(CUDA.parent / "math").iterdir()]
+@functools.cache
+def _folder() -> Path:
+    """Where this state of the sources is built."""
+    digest = hashlib.sha256(repr((FLAGS, KINDS, RUNTIME, str(_torch()))).encode())
+    sources = [path for folder in (HERE, CUDA, CSRC / "math", CSRC / "ops") for path in folder.iterdir()]
     for path in sorted(p for p in sources if p.suffix in {".h", ".cuh", ".cu", ".cpp"}):
         digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"refine_ext_cuda_on_cpu_{os.getuid()}_{digest.hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _torch() -> Path:
+    return Path(torch.__file__).parent
+
+
+def _build(target: str, kind: str, sources: list[Path], options: Sequence[str] = (), link: Sequence[str] = ()) -> Path:
+    """Compiles and links `sources` and the runtime; built once per state of the sources."""
+    assert COMPILER is not None
+    built = _folder() / target
+    with open(_folder() / f"{kind}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if built.exists():
+            return built
+        commands = {source: [COMPILER, *FLAGS, *KINDS[kind], *options] for source in sources}
+        commands[HERE / "runtime.cpp"] = [COMPILER, *FLAGS, *RUNTIME[kind]]
+        objects = {source: _folder() / f"{kind}_{source.stem}.o" for source in commands}
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            # The long ones first.
+            jobs = [
+                pool.submit(_make, [*commands[source], "-x", "c++", "-c", str(source)], objects[source])
+                for source in sorted(commands, key=lambda source: "float" not in source.stem)
+            ]
+        for job in jobs:
+            job.result()
+        _make([COMPILER, *KINDS[kind], *map(str, objects.values()), *link], built)
+    return built
 
 
 def build(program: str, sanitizer: str) -> Path:
-    """The path of `program`.cpp compiled with the emulation; built once per state of the sources."""
-    assert COMPILER is not None
-    folder = Path(tempfile.gettempdir()) / f"refine_ext_cuda_on_cpu_{os.getuid()}_{_sources_hash()}"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{program}_{sanitizer}"
-    with open(folder / f"{sanitizer}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return target
-        flags = [COMPILER, *FLAGS, *SANITIZERS[sanitizer]]
-        # The runtime is not instrumented: it is what tells the sanitizer about fibers.
-        commands = {HERE / "runtime.cpp": [COMPILER, *FLAGS, RUNTIME_FLAGS[sanitizer]]}
-        for source in [HERE / f"{program}.cpp", *_kernels(program, sanitizer)]:
-            commands[source] = flags
-        objects = {source: folder / f"{sanitizer}_{source.stem}.o" for source in commands}
-        jobs = []
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            # The long ones first.
-            for source in sorted(commands, key=lambda source: "float" not in source.stem):
-                compile_one = [*commands[source], "-x", "c++", "-c", str(source)]
-                jobs.append(pool.submit(_make, compile_one, objects[source]))
-        for job in jobs:
-            job.result()
-        _make([COMPILER, *SANITIZERS[sanitizer], *map(str, objects.values())], target)
-    return target
+    """The path of `program`.cpp compiled with the emulation and a sanitizer, "address" or "thread"."""
+    return _build(f"{program}_{sanitizer}", sanitizer, [HERE / f"{program}.cpp", *_kernels(program, sanitizer)])
+
+
+@functools.cache
+def load_ops() -> Path:
+    """Registers torch.ops.refine_ext_on_cpu, the CUDA ops with their kernels run on the CPU; returns the library."""
+    sources = [*CUDA.glob("*.cu"), *(CSRC / "ops").glob("*_cuda.cpp"), CSRC / "ops" / "library.cpp"]
+    include, lib = _torch() / "include", _torch() / "lib"
+    link = ["-shared", "-Wl,--no-as-needed", str(lib / "libtorch.so"), str(lib / "libtorch_cpu.so")]
+    library = _build("ops.so", "ops", sorted(sources), ["-isystem", str(include)], [*link, f"-Wl,-rpath,{lib}"])
+    torch.ops.load_library(str(library))
+    return library
+
+
+@functools.cache
+def _op_names() -> list[str]:
+    load_ops()
+    names = [schema.name.partition("::") for schema in torch._C._jit_get_all_schemas()]
+    return [name for namespace, _, name in names if namespace == "refine_ext_on_cpu"]
+
+
+@contextmanager
+def replace_cpu_ops() -> Iterator[None]:
+    """Within, torch.ops.refine_ext runs the CUDA ops on CPU tensors."""
+    library = torch.library.Library("refine_ext", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        for name in _op_names():
+            library.impl(name, getattr(torch.ops.refine_ext_on_cpu, name).default, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def kernels_of(binary: Path) -> dict[int, str]:
+    """The kernels compiled into a binary: their offsets and names, template arguments included."""
+    names = subprocess.run(["nm", "-C", "--defined-only", str(binary)], capture_output=True, text=True, check=True)
+    found = {}
+    for line in names.stdout.splitlines():
+        address, kind, name = line.split(" ", 2)
+        kernel = re.search(r"refine_ext::cuda::(\w+)[<(]", name)
+        if kind in "tTwW" and kernel and kernel[1] in kernel_names() and "[clone" not in name:
+            found[int(address, 16)] = name
+    return found
+
+
+@functools.cache
+def kernel_names() -> dict[str, str]:
+    """Every __global__ function of csrc/cuda, and its file."""
+    pattern = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(")
+    names = {}
+    for path in sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.cu")]):
+        text = path.read_text()
+        found = pattern.findall(text)
+        assert len(found) == text.count("__global__"), f"{path.name} declares a kernel in a way not understood here"
+        names.update(dict.fromkeys(found, path.name))
+    return names
+
+
+def launched(record: Path, binary: Path) -> set[str]:
+    """Names of the kernels in a record that cuda_on_cpu_write_launched wrote."""
+    kernels = kernels_of(binary)
+    return {kernels[int(line, 16)] for line in record.read_text().split()}
 
 
 def environment(**settings: str) -> dict[str, str]:

@@ -2,14 +2,17 @@
 // and tells it about fibers and barriers instead: then a race between two CUDA threads is one between two
 // fibers, although a single OS thread runs them. With -DCUDA_ON_CPU_ASAN it tells that sanitizer which stack
 // is in use.
+#include <dlfcn.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <set>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -133,6 +136,9 @@ Fiber host;
 Block* block = nullptr;
 const std::function<void()>* kernel = nullptr;
 const char* kernel_name = "";
+std::string failure;  // of the thread that ended the launch
+std::set<const void*> launched;
+std::mutex one_launch;
 std::vector<int> turn;  // fibers that are still running, in the order of their turns
 size_t at = 0;
 uint64_t progress = 0, seen = 0;
@@ -179,8 +185,8 @@ void yield() {
     for (int i : turn) {
       const Fiber& other = block->fibers[i];
       if (other.waits_at != current->waits_at) {
-        std::fprintf(stderr, "cuda_on_cpu: thread %u waits at %s:%d\n", other.position.thread.x,
-                     other.waits_in, other.waits_at);
+        failure += "; thread " + std::to_string(other.position.thread.x) + " waits at " + other.waits_in + ":" +
+                   std::to_string(other.waits_at);
       }
     }
     die("deadlock: not every thread reaches this barrier or shuffle", current->waits_in, current->waits_at);
@@ -310,15 +316,18 @@ void* shared_memory(const void* key, size_t bytes) {
   return memory;
 }
 
+// Ends the launch: run() throws what happened. The other fibers are left as they are.
 void die(const char* message, const char* file, int line) {
-  std::fprintf(stderr, "cuda_on_cpu: %s: %s:%d", message, file, line);
-  if (current && current != &host) {
-    std::fprintf(stderr, ", block %u thread %u of %s", current->position.block.x, current->position.thread.x,
-                 kernel_name);
+  const bool in_kernel = current && current != &host;
+  std::string text = std::string("cuda_on_cpu: ") + message + ": " + file + ":" + std::to_string(line);
+  if (in_kernel) {
+    text += ", block " + std::to_string(current->position.block.x) + " thread " +
+            std::to_string(current->position.thread.x) + " of " + kernel_name;
   }
-  std::fprintf(stderr, "\n");
-  std::fflush(stderr);
-  _exit(66);
+  if (!in_kernel) throw std::runtime_error(text);
+  failure = text + failure;
+  switch_to(&host);
+  std::abort();
 }
 
 void barrier(const char* file, int line) { wait(block->barrier, block->alive, true, file, line); }
@@ -335,8 +344,11 @@ const unsigned char* exchange(const void* value, size_t bytes, const char* file,
   return warp.slots[parity][0];
 }
 
-void run(const char* name, int64_t blocks, int threads, const std::function<void()>& body) {
+void run(const char* name, const void* function, int64_t blocks, int threads, const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> alone(one_launch);
   if (threads % kLanes != 0 || threads > kMaxBlock || threads <= 0) die("unusable block size", name, threads);
+  if (blocks > 0) launched.insert(function);
+  failure.clear();
   kernel = &body;
   kernel_name = name;
   // Blocks are kept to the end: their memory must not be reused by another, which would look like an order or
@@ -366,6 +378,10 @@ void run(const char* name, int64_t blocks, int threads, const std::function<void
     current = &host;
     switch_to(&block->fibers[static_cast<size_t>(turn[0])]);
     current = nullptr;
+    if (!failure.empty()) {
+      block = nullptr;
+      throw std::runtime_error(failure);
+    }
   }
   for (const auto& done : finished) acquire(&done->finished);
   block = nullptr;
@@ -397,3 +413,27 @@ uint16_t float_to_half(float value) {
 }
 
 }  // namespace cuda_on_cpu
+
+// Writes the kernels launched since the last time, as offsets in this file: `nm` knows their names.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_write_launched(const char* path) {
+  std::FILE* file = std::fopen(path, "w");
+  if (!file) std::abort();
+  for (const void* kernel : cuda_on_cpu::launched) {
+    Dl_info info;
+    if (!dladdr(kernel, &info)) std::abort();
+    std::fprintf(file, "%tx\n", static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase));
+  }
+  std::fclose(file);
+  cuda_on_cpu::launched.clear();
+}
+
+namespace {
+
+// A program does so when it ends.
+struct AtExit {
+  ~AtExit() {
+    if (const char* path = std::getenv("CUDA_ON_CPU_LAUNCHED")) cuda_on_cpu_write_launched(path);
+  }
+} at_exit;
+
+}  // namespace
