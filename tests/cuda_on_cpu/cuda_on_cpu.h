@@ -6,12 +6,13 @@
 //
 // Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up
 // shuffles, static shared memory (REFINE_EXT_SHARED), 16-byte packs; and what its next kernels will: dynamic
-// shared memory, atomicAdd, __threadfence, the matrix instructions of csrc/cuda/mma.cuh. Not modelled:
-// asynchronous copies (cp.async, TMA, mbarrier), wgmma, clusters.
+// shared memory, atomicAdd and atomicExch, __threadfence, the matrix instructions of csrc/cuda/mma.cuh. Not
+// modelled: asynchronous copies (cp.async, TMA, mbarrier), wgmma, clusters.
 //
 // What is made visible between blocks follows the PTX memory model: an atomicAdd orders nothing by itself;
 // what a thread wrote before a __threadfence that precedes its atomicAdd is there for a thread whose later
-// atomicAdd of the same variable is followed by a __threadfence.
+// atomicAdd of the same variable is followed by a __threadfence. A plain write to a variable that others change
+// by atomics is a race: a counter is set back by atomicExch, or by the host.
 #pragma once
 
 #include <cmath>
@@ -172,17 +173,20 @@ inline void load_matrices(uint32_t (&result)[4], const void* row, bool transpose
 }  // namespace cuda_on_cpu
 
 template <class T>
+T atomicExch(T* variable, std::type_identity_t<T> value) {
+  cuda_on_cpu::order_atomic(variable);
+  T before;
+  __atomic_exchange(variable, &value, &before, __ATOMIC_RELAXED);
+  return before;
+}
+
+template <class T>
 T atomicAdd(T* variable, std::type_identity_t<T> value) {
   cuda_on_cpu::order_atomic(variable);
-  if constexpr (std::is_integral_v<T>) {
-    return __atomic_fetch_add(variable, value, __ATOMIC_RELAXED);
-  } else {
-    T before, after;
-    __atomic_load(variable, &before, __ATOMIC_RELAXED);
-    do {
-      after = before + value;
-    } while (
-        !__atomic_compare_exchange(variable, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-    return before;
-  }
+  T before, after;
+  __atomic_load(variable, &before, __ATOMIC_RELAXED);
+  after = before + value;
+  // One OS thread runs all fibers: nobody comes between.
+  __atomic_store(variable, &after, __ATOMIC_RELAXED);
+  return before;
 }

@@ -343,7 +343,7 @@ void fence() {
 
 // An atomic hands on what its thread has fenced, and no later write of the thread: a fiber of the sanitizer's
 // own does so, which knows nothing else but what the host knew.
-void order_atomic(void* variable) {
+void order_atomic([[maybe_unused]] void* variable) {
 #if defined(CUDA_ON_CPU_TSAN)
   __tsan_switch_to_fiber(host.tsan, 1);
   void* messenger = __tsan_create_fiber(0);
@@ -354,8 +354,6 @@ void order_atomic(void* variable) {
   release(variable);
   __tsan_switch_to_fiber(current->tsan, 1);
   __tsan_destroy_fiber(messenger);
-#else
-  static_cast<void>(variable);
 #endif
 }
 
