@@ -263,6 +263,8 @@ def _weights_like(weights: Tensor, h: Tensor, rows: Tensor, dim: int | None) -> 
 
 def _shift_like(shift: float | Tensor, rows: Tensor) -> Tensor:
     try:
+        if isinstance(shift, (int, float)):  # filled on the device: a copy would wait for it
+            return torch.full((), shift, dtype=torch.float64, device=rows.device)
         value = torch.as_tensor(shift, dtype=torch.float64, device=rows.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"density_ratio: shift must be a number or a tensor, got {type(shift).__name__}") from error

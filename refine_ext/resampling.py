@@ -2,6 +2,10 @@
 
 The random numbers are Philox4x32-10 with the seed as key and the draw as counter: a seed gives the same indices for any
 number of threads, any batch, on CPU and GPU. What each draw is exactly stands in `csrc/math/resampling.h`.
+
+In a CUDA graph, a seed tensor on the device is read at every replay: update it in place (`seed.add_(1)`) for new draws.
+Without a seed every replay draws one from torch's default generator. A seed or offset given as an int is part of the
+graph: every replay repeats its draws.
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@
 namespace refine_ext::cuda {
 
 // One part's share of a row: its largest log-ratio, NaN where one is NaN or +inf.
+// budget: registers 48, shared 256, occupancy 62%, inputs 1,
+//   instructions/sample 18 (float64 28),
+//   special/sample 0,
+//   float64/sample 0 (float64 2)
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads)
     largest_kernel(const T* log_ratio, const int64_t n, const Layout layout, double* largest) {
@@ -39,6 +43,7 @@ struct RejectionRows {
   int64_t bound_each, gamma_each;
 };
 
+// budget: registers 64, shared 384, occupancy 50%
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads)
     rejection_kernel(const RejectionProblem problem, const RejectionRows rows, const Layout layout,
@@ -79,6 +84,7 @@ __global__ void __launch_bounds__(kDrawThreads)
   if (team.part == 0) problem.new_bound[team.row] = valid ? bound : std::numeric_limits<double>::quiet_NaN();
 }
 
+// budget: registers 32, shared 128, occupancy 100%
 __global__ void __launch_bounds__(kDrawThreads)
     count_kernel(const int64_t* counts, const int64_t parts, int64_t* accepted) {
   const Team team = my_team({kDrawThreads, 1});
@@ -95,6 +101,7 @@ struct MetropolisStart {
 };
 
 // A thread a chain: a chain's steps follow each other. Invalid log-ratios make every draw index 0.
+// budget: registers 64, shared 256, occupancy 50%
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads)
     metropolis_kernel(const MetropolisProblem problem, const MetropolisStart start, const double* largest,

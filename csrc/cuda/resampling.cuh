@@ -59,6 +59,7 @@ __device__ __forceinline__ Chunk chunk_of(int64_t block, int64_t chunks, int64_t
   return chunk;
 }
 
+// budget: registers 48, shared 320, occupancy 62%
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads)
     measure_kernel(const ResampleProblem problem, const DrawWorkspace work) {
@@ -110,6 +111,7 @@ __device__ __forceinline__ uint64_t chunk_bases(const Team& team, int64_t chunks
   return carry;
 }
 
+// budget: registers 40, shared 448, occupancy 75%
 __global__ void __launch_bounds__(kDrawThreads) unit_kernel(const DrawWorkspace work) {
   const Team team = my_team({kDrawThreads, 1});
   const int64_t row = blockIdx.x;
@@ -171,6 +173,7 @@ __device__ __forceinline__ void scan_chunk(const Team& team, const uint64_t (&si
   }
 }
 
+// budget: registers 96, shared 128, occupancy 25%
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads)
     table_kernel(const ResampleProblem problem, const DrawWorkspace work) {
@@ -196,6 +199,7 @@ __global__ void __launch_bounds__(kDrawThreads)
 }
 
 // kWrite = false: the certain copies of each chunk; true: F_i from what comes before each.
+// budget: registers 40 (write 80), shared 128, occupancy 75% (write 37%)
 template <bool kWrite>
 __global__ void __launch_bounds__(kDrawThreads)
     copies_kernel(const ResampleProblem problem, const DrawWorkspace work) {
@@ -228,6 +232,7 @@ __global__ void __launch_bounds__(kDrawThreads)
   }
 }
 
+// budget: registers 40, shared 128, occupancy 75%
 __global__ void __launch_bounds__(kDrawThreads) certain_kernel(const DrawWorkspace work) {
   const Team team = my_team({kDrawThreads, 1});
   if (work.units[blockIdx.x].total == 0) return;
@@ -250,6 +255,7 @@ __device__ __forceinline__ int64_t owner_of(int64_t n, uint64_t position, F&& bo
   return low;
 }
 
+// budget: registers 40, shared 0, occupancy 75%
 __global__ void __launch_bounds__(kDrawThreads)
     draw_kernel(const ResampleProblem problem, const DrawWorkspace work, const int64_t blocks_a_row) {
   const int64_t row = blockIdx.x / blocks_a_row;

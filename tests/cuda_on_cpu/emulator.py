@@ -45,7 +45,7 @@ RUNTIME = {
 
 def _kernels(program: str, kind: str) -> list[Path]:
     """The sources of csrc/cuda that a program links."""
-    if program == "planted_bugs":
+    if program in {"planted_bugs", "primitives_main"}:
         return []
     if program == "resampling_main":
         return [CUDA / "resampling.cu"]

@@ -30,6 +30,7 @@
 extern "C" {
 void* __tsan_get_current_fiber(void);
 void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -72,7 +73,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10, kGuardBytes = 4096;
-constexpr size_t kSharedBytes = size_t{48} << 10;
+constexpr size_t kStaticSharedBytes = size_t{48} << 10, kSharedBytes = size_t{227} << 10;
 constexpr int kLanes = 32, kMaxBlock = 1024;
 
 // Threads wait here until all of a group have come. Its two objects carry the order that it makes, by
@@ -100,6 +101,7 @@ struct Fiber {
   char* stack = nullptr;
   void* fake_stack = nullptr;
   void* tsan = nullptr;
+  char fenced = 0, seen = 0;  // carry what came before its last fence, and what its atomics have seen since
   unsigned shuffles = 0;
   bool done = false;
   const char* waits_in = nullptr;
@@ -115,14 +117,15 @@ struct Block {
   struct Shared {
     const void* key;
     unsigned char* memory;
+    size_t bytes;
   };
   std::vector<Shared> shared;
+  size_t used = 0;
 #if defined(CUDA_ON_CPU_TSAN)
   // Mapped by the host before the block starts: the sanitizer takes the mapping for a write of whoever does
   // it.
   unsigned char* arena = static_cast<unsigned char*>(mmap(
       nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  size_t used = 0;
   ~Block() { munmap(arena, kSharedBytes); }
 #else
   ~Block() {
@@ -136,6 +139,8 @@ Fiber host;
 Block* block = nullptr;
 const std::function<void()>* kernel = nullptr;
 const char* kernel_name = "";
+size_t dynamic_bytes = 0;
+char dynamic_key = 0;
 std::string failure;  // of the thread that ended the launch
 std::set<const void*> launched;
 std::mutex one_launch;
@@ -185,8 +190,8 @@ void yield() {
     for (int i : turn) {
       const Fiber& other = block->fibers[i];
       if (other.waits_at != current->waits_at) {
-        failure += "; thread " + std::to_string(other.position.thread.x) + " waits at " + other.waits_in + ":" +
-                   std::to_string(other.waits_at);
+        failure += "; thread " + std::to_string(other.position.thread.x) + " waits at " + other.waits_in +
+                   ":" + std::to_string(other.waits_at);
       }
     }
     die("deadlock: not every thread reaches this barrier or shuffle", current->waits_in, current->waits_at);
@@ -300,10 +305,11 @@ void* shared_memory(const void* key, size_t bytes) {
   for (const Block::Shared& array : block->shared) {
     if (array.key == key) return array.memory;
   }
-#if defined(CUDA_ON_CPU_TSAN)
-  unsigned char* memory = block->arena + block->used;
   block->used += (bytes + 15) / 16 * 16;
-  if (block->used > kSharedBytes) die("too much shared memory", "", 0);
+  const size_t most = dynamic_bytes ? kSharedBytes : kStaticSharedBytes;
+  if (block->used > most) die("too much shared memory", kernel_name, static_cast<int>(block->used));
+#if defined(CUDA_ON_CPU_TSAN)
+  unsigned char* memory = block->arena + block->used - (bytes + 15) / 16 * 16;
 #else
   void* fresh = nullptr;
   if (posix_memalign(&fresh, 16, bytes) != 0) die("no memory", "", 0);
@@ -312,8 +318,43 @@ void* shared_memory(const void* key, size_t bytes) {
   volatile unsigned char* fill = memory;
   for (size_t i = 0; i < bytes; ++i) fill[i] = 0xff;
   if (block->shared.size() == block->shared.capacity()) die("too many shared arrays", "", 0);
-  block->shared.push_back({key, memory});
+  block->shared.push_back({key, memory, bytes});
   return memory;
+}
+
+void* dynamic_shared_memory() {
+  if (dynamic_bytes == 0) die("launched without dynamic shared memory", kernel_name, 0);
+  return shared_memory(&dynamic_key, dynamic_bytes);
+}
+
+void check_matrix_row(const void* row, const char* file, int line) {
+  const auto* address = static_cast<const unsigned char*>(row);
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) die("misaligned row of a matrix", file, line);
+  for (const Block::Shared& array : block->shared) {
+    if (address >= array.memory && address < array.memory + array.bytes) return;
+  }
+  die("a row of a matrix is not in shared memory", file, line);
+}
+
+void fence() {
+  acquire(&current->seen);
+  release(&current->fenced);
+}
+
+// An atomic hands on what its thread has fenced, and no later write of the thread: a fiber of the sanitizer's
+// own does so, which knows nothing else but what the host knew.
+void order_atomic([[maybe_unused]] void* variable) {
+#if defined(CUDA_ON_CPU_TSAN)
+  __tsan_switch_to_fiber(host.tsan, 1);
+  void* messenger = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(messenger, 1);
+  acquire(variable);
+  release(&current->seen);
+  acquire(&current->fenced);
+  release(variable);
+  __tsan_switch_to_fiber(current->tsan, 1);
+  __tsan_destroy_fiber(messenger);
+#endif
 }
 
 // Ends the launch: run() throws what happened. The other fibers are left as they are.
@@ -344,13 +385,15 @@ const unsigned char* exchange(const void* value, size_t bytes, const char* file,
   return warp.slots[parity][0];
 }
 
-void run(const char* name, const void* function, int64_t blocks, int threads, const std::function<void()>& body) {
+void run(const char* name, const void* function, int64_t blocks, int threads,
+         const std::function<void()>& body, size_t shared_bytes) {
   const std::lock_guard<std::mutex> alone(one_launch);
   if (threads % kLanes != 0 || threads > kMaxBlock || threads <= 0) die("unusable block size", name, threads);
   if (blocks > 0) launched.insert(function);
   failure.clear();
   kernel = &body;
   kernel_name = name;
+  dynamic_bytes = shared_bytes;
   // Blocks are kept to the end: their memory must not be reused by another, which would look like an order or
   // a race.
   std::vector<std::unique_ptr<Block>> finished;

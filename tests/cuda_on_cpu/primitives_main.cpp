@@ -1,0 +1,163 @@
+// Kernels around what the hardware defines rather than a formula: the tensor cores' fragments, matrices from
+// shared memory, Philox's 32-bit multiplications. test_primitives.py compiles this file twice, with the
+// emulation and with nvcc, and compares both with NumPy: on a GPU that tells whether the emulation's layouts
+// are the hardware's.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../../csrc/cuda/mma.cuh"
+#include "../../csrc/math/philox.h"
+
+namespace {
+
+using namespace refine_ext;
+using namespace refine_ext::cuda;
+
+// A warp computes a tile of 16 x 8, its fragments read from global memory. A [m, k], B [k, n], D [m, n].
+__global__ void product_kernel(const uint16_t* a, const uint16_t* b, float* d, int64_t n, int64_t k) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4 * 2;
+  const int64_t row = blockIdx.x / (n / 8) * 16, column = blockIdx.x % (n / 8) * 8;
+  const auto pair = [](uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; };
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int64_t from = 0; from < k; from += 16) {
+    const uint16_t* left = a + (row + g) * k + from + t;
+    const uint16_t* right = b + (from + t) * n + column + g;
+    const uint32_t rows[4] = {pair(left[0], left[1]), pair(left[8 * k], left[8 * k + 1]),
+                              pair(left[8], left[9]), pair(left[8 * k + 8], left[8 * k + 9])};
+    const uint32_t columns[2] = {pair(right[0], right[n]), pair(right[8 * n], right[9 * n])};
+    multiply_add(sums, rows, columns);
+  }
+  float* out = d + (row + g) * n + column + t;
+  out[0] = sums[0];
+  out[1] = sums[1];
+  out[8 * n] = sums[2];
+  out[8 * n + 1] = sums[3];
+}
+
+// Four warps compute a tile of 16 x 64, sixteen columns each, through dynamic shared memory: A's tile [16,
+// 16], then B's [16, 64].
+constexpr int kWide = 64, kProductThreads = 128;
+__global__ void shared_product_kernel(const uint16_t* a, const uint16_t* b, float* d, int64_t n, int64_t k) {
+  REFINE_EXT_DYNAMIC_SHARED(uint16_t, tiles);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int64_t row = blockIdx.x / (n / kWide) * 16, column = blockIdx.x % (n / kWide) * kWide;
+  float sums[2][4] = {};
+  for (int64_t from = 0; from < k; from += 16) {
+    for (int i = thread; i < 256; i += kProductThreads) tiles[i] = a[(row + i / 16) * k + from + i % 16];
+    for (int i = thread; i < 16 * kWide; i += kProductThreads)
+      tiles[256 + i] = b[(from + i / kWide) * n + column + i % kWide];
+    __syncthreads();
+    uint32_t rows[4], columns[4];
+    const int tile_row = lane % 16, tile_column = lane / 16 * 8;
+    load_matrices<false>(rows, tiles + tile_row * 16 + tile_column);
+    load_matrices<true>(columns, tiles + 256 + tile_row * kWide + warp * 16 + tile_column);
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t one[2] = {columns[2 * half], columns[2 * half + 1]};
+      multiply_add(sums[half], rows, one);
+    }
+    __syncthreads();
+  }
+  const int g = lane / 4, t = lane % 4 * 2;
+  for (int half = 0; half < 2; ++half) {
+    float* out = d + (row + g) * n + column + warp * 16 + half * 8 + t;
+    out[0] = sums[half][0];
+    out[1] = sums[half][1];
+    out[8 * n] = sums[half][2];
+    out[8 * n + 1] = sums[half][3];
+  }
+}
+
+// in: counters of four words and keys of two, out: blocks of four.
+__global__ void philox_kernel(const uint32_t* in, uint32_t* out, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  if (i >= count) return;
+  const uint32_t* from = in + 6 * i;
+  const auto block = philox4x32<uint32_t>({{from[0], from[1], from[2], from[3]}}, from[4], from[5]);
+  for (int word = 0; word < 4; ++word) out[4 * i + word] = block.word[word];
+}
+
+// Of exactly so many bytes, where the kernels run.
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : bytes_(bytes) {
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+    data_ = std::malloc(bytes);
+#else
+    check(cudaMalloc(&data_, bytes), "primitives");
+#endif
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+    std::free(data_);
+#else
+    cudaFree(data_);
+#endif
+  }
+  void copy_from(const void* host) { copy(data_, host); }
+  void copy_to(void* host) const { copy(host, data_); }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void copy(void* to, const void* from) const {
+    if (bytes_ == 0) return;
+#if defined(REFINE_EXT_CUDA_ON_CPU)
+    std::memcpy(to, from, bytes_);
+#else
+    check(cudaMemcpy(to, from, bytes_, cudaMemcpyDefault), "primitives");
+#endif
+  }
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
+// As test_primitives.py packs it.
+struct Request {
+  int64_t op, m, n, k;
+};
+enum Op : int64_t { product, shared_product, philox };
+
+bool read_exactly(void* to, size_t bytes) { return bytes == 0 || std::fread(to, bytes, 1, stdin) == 1; }
+
+}  // namespace
+
+int main() {
+  Request r;
+  while (read_exactly(&r, sizeof(r))) {
+    std::vector<std::vector<char>> received(2);
+    for (auto& array : received) {
+      int64_t size = 0;
+      if (!read_exactly(&size, sizeof(size))) return 2;
+      array.resize(static_cast<size_t>(size));
+      if (!read_exactly(array.data(), array.size())) return 2;
+    }
+    Memory a(received[0].size()), b(received[1].size());
+    a.copy_from(received[0].data());
+    b.copy_from(received[1].data());
+    std::vector<char> result(static_cast<size_t>(r.op == philox ? r.m * 16 : r.m * r.n * 4), '\xff');
+    Memory out(result.size());
+    out.copy_from(result.data());
+    if (r.op == product) {
+      launch("product", product_kernel, r.m / 16 * (r.n / 8), kWarp, nullptr, a.as<uint16_t>(),
+             b.as<uint16_t>(), out.as<float>(), r.n, r.k);
+    } else if (r.op == shared_product) {
+      launch_with_shared("shared_product", shared_product_kernel, r.m / 16 * (r.n / kWide), kProductThreads,
+                         (256 + 16 * kWide) * 2, nullptr, a.as<uint16_t>(), b.as<uint16_t>(), out.as<float>(),
+                         r.n, r.k);
+    } else {
+      launch("philox", philox_kernel, (r.m + 31) / 32, 32, nullptr, a.as<uint32_t>(), out.as<uint32_t>(),
+             r.m);
+    }
+    out.copy_to(result.data());
+    const int64_t size = static_cast<int64_t>(result.size());
+    std::fwrite(&size, sizeof(size), 1, stdout);
+    std::fwrite(result.data(), 1, result.size(), stdout);
+    std::fflush(stdout);
+  }
+  return 0;
+}

@@ -1,0 +1,215 @@
+"""One table of calls that reach every op and each of its kernels, for the tests that ask the same of all of them.
+
+A new op is a new entry: test_op_cases.py fails until every registered op is called by some case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from reference import CLIPPED, NAMED, outputs
+from torch import Tensor
+
+import refine_ext as rx
+from refine_ext.divergence import parse_divergence
+
+ops = torch.ops.refine_ext
+# One row length for each way a row is worked on: by a warp, by a block, by a large block, by many blocks.
+SHAPES = ((9, 40), (2, 3001), (2, 9000), (2, 70_001))
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Case(NamedTuple):
+    """`call` takes what `inputs` made, perhaps overwrites it, and returns tensors; both are the same on all devices."""
+
+    name: str
+    inputs: Callable[[torch.Generator], Iterable[Tensor]]
+    call: Callable[..., Iterable[Tensor]]
+
+    def make(self, device: str | torch.device, seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [tensor.to(device) for tensor in self.inputs(generator)]
+
+    def run(self, *inputs: Tensor) -> list[Tensor]:
+        return list(self.call(*inputs))
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _ratio(name: str, dtype: torch.dtype) -> Case:
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for h in groups:
+            r = rx.density_ratio(h, name, dim=-1)
+            # Next to where a ratio is clipped to zero its logarithm is any number.
+            yield r.ratio if name in CLIPPED else r.log_ratio
+            yield from (r.shift, r.ess, r.max_weight)
+
+    return Case(
+        f"density_ratio-{name}-{short(dtype)}",
+        lambda g: [outputs(name, shape, dtype, generator=g) for shape in SHAPES],
+        call,
+    )
+
+
+def _ratio_options(name: str, dtype: torch.dtype) -> Case:
+    """Base weights, a given shift (a number and a tensor), ratios instead of their logarithms, in place."""
+
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        for shape in SHAPES:
+            yield outputs(name, shape, dtype, generator=g)
+            yield torch.rand(shape, dtype=torch.float64, generator=g).to(dtype)
+            yield torch.rand(shape[:-1], dtype=torch.float64, generator=g)
+
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for h, weights, shift in zip(*[iter(groups)] * 3, strict=True):
+            yield rx.density_ratio(h, name, dim=-1, base_weights=weights).weights
+            yield rx.density_ratio(h, name, dim=-1, base_weights=weights[0], shift=shift).log_ratio
+            yield rx.density_ratio(h, name, dim=-1, shift=0.25).log_normalizer
+            yield rx.density_ratio(h, name, dim=-1, output="ratio").ratio
+            yield rx.density_ratio(h, name, dim=-1, out=h).log_ratio
+
+    return Case(f"density_ratio_options-{name}-{short(dtype)}", inputs, call)
+
+
+def _ratio_gradient(name: str, dtype: torch.dtype) -> Case:
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        for shape in SHAPES:
+            yield outputs(name, shape, dtype, generator=g)
+            yield torch.randn(shape, dtype=torch.float64, generator=g).to(dtype)
+            yield torch.rand(shape[:-1], dtype=torch.float64, generator=g)
+
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for h, grad, shift in zip(*[iter(groups)] * 3, strict=True):
+            for given in (None, shift):
+                x = h.detach().requires_grad_()
+                r = rx.density_ratio(x, name, dim=-1, shift=given)
+                upstream = [grad * r.ratio.detach(), torch.ones_like(r.log_normalizer)]
+                yield from torch.autograd.grad([r.log_ratio, r.log_normalizer], x, upstream)
+
+    return Case(f"density_ratio_backward-{name}-{short(dtype)}", inputs, call)
+
+
+def _pairs(name: str, dtype: torch.dtype, g: torch.Generator) -> Iterable[Tensor]:
+    """Real and generated outputs, of which one side alone may take many blocks, and a gradient for each row."""
+    for rows, n, n_real in ((9, 40, 33), (2, 3001, 70_001), (2, 70_001, 500)):
+        yield outputs(name, (rows, n_real), dtype, generator=g)
+        yield outputs(name, (rows, n), dtype, generator=g)
+        grad = torch.randn(rows, dtype=torch.float64, generator=g)
+        yield grad if dtype == torch.float64 else grad.float()
+
+
+def _with_gradients(value: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Iterable[Tensor]]:
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for real, fake, grad in zip(*[iter(groups)] * 3, strict=True):
+            leaves = [x.detach().requires_grad_() for x in (real, fake)]
+            bound = value(*leaves)
+            yield bound.detach()
+            yield from torch.autograd.grad(bound, leaves, grad[: bound.numel()])
+
+    return call
+
+
+def _bound(name: str, dtype: torch.dtype, tight: bool) -> Case:
+    code = parse_divergence("test", name)
+    return Case(
+        f"variational_bound-{name}-{short(dtype)}-{'tight' if tight else 'loose'}",
+        lambda g: _pairs(name, dtype, g),
+        _with_gradients(lambda real, fake: ops.variational_bound(real, fake, tight, *code)[0]),
+    )
+
+
+def _logit_bound(name: str, dtype: torch.dtype) -> Case:
+    code = parse_divergence("test", name)
+    return Case(
+        f"dual_bound-{name}-{short(dtype)}",
+        lambda g: _pairs("kl", dtype, g),
+        _with_gradients(lambda real, fake: ops.dual_bound(real, fake, *code)),
+    )
+
+
+def _tight_logit_bound(name: str, dtype: torch.dtype) -> Case:
+    def value(real: Tensor, fake: Tensor) -> Tensor:
+        return rx.variational_bound(real, fake, name, kind="logit").reshape(1)
+
+    return Case(f"dual_output-{name}-{short(dtype)}", lambda g: _pairs("kl", dtype, g), _with_gradients(value))
+
+
+def _seed(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(2**62, shape, generator=g)
+
+
+def _resample(method: str, dtype: torch.dtype, log: bool) -> Case:
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        for rows, n in ((3, 5), (2, 4097), (1, 70_001)):
+            weights = torch.rand((rows, n), dtype=torch.float64, generator=g)
+            yield (weights.log() if log else weights).to(dtype)
+            yield _seed(g, rows)
+
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for (weights, seed), num in zip(zip(*[iter(groups)] * 2, strict=True), (9, 3000, 90_000), strict=True):
+            yield rx.resample(weights, num, method, seed=seed, log=log, offset=3)
+
+    return Case(f"resample-{method}-{short(dtype)}{'-log' if log else ''}", inputs, call)
+
+
+def _rejection(dtype: torch.dtype) -> Case:
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        for shape in SHAPES:
+            yield torch.randn(shape, dtype=torch.float64, generator=g).to(dtype)
+            yield torch.rand(shape[:-1], dtype=torch.float64, generator=g) + 3
+            yield _seed(g)
+
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for log_ratio, bound, seed in zip(*[iter(groups)] * 3, strict=True):
+            yield from rx.rejection(log_ratio, gamma=None, seed=seed)
+            yield from rx.rejection(log_ratio, log_bound=bound, gamma=bound - 2.5, seed=seed, offset=5)
+            yield from rx.rejection(log_ratio, percentile=80, seed=seed)
+
+    return Case(f"rejection-{short(dtype)}", inputs, call)
+
+
+def _metropolis(dtype: torch.dtype) -> Case:
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        for n in (700, 70_001):
+            yield torch.randn(n, dtype=torch.float64, generator=g).to(dtype)
+            yield torch.randn(300, dtype=torch.float64, generator=g)
+            yield _seed(g)
+
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for log_ratio, initial, seed in zip(*[iter(groups)] * 3, strict=True):
+            yield from rx.metropolis(log_ratio, 7, chains=300, thin=3, seed=seed, return_acceptance=True)
+            yield rx.metropolis(log_ratio, 1, chains=300, burn_in=20, initial=initial, seed=seed)
+            yield rx.metropolis(log_ratio, 5, chains=60, thin=2, burn_in=2, order="given", seed=seed)
+
+    return Case(f"metropolis-{short(dtype)}", inputs, call)
+
+
+ALPHAS = ("alpha:0.3", "alpha:3")
+OTHERS = tuple(dtype for dtype in DTYPES if dtype != torch.float32)
+CASES = (
+    *(_ratio(name, torch.float32) for name in (*NAMED, *ALPHAS)),
+    *(_ratio(name, dtype) for dtype in OTHERS for name in ("kl", "jensen_shannon")),
+    *(_ratio_options(name, torch.float32) for name in ("kl", "gan")),
+    *(_ratio_options("squared_hellinger", dtype) for dtype in OTHERS),
+    *(_ratio_gradient(name, torch.float32) for name in ("kl", "gan", "pearson_chi2", "jeffreys")),
+    *(_ratio_gradient("alpha:0.3", dtype) for dtype in OTHERS),
+    *(_bound(name, torch.float32, tight) for name in ("kl", "reverse_kl", "gan", *ALPHAS) for tight in (True, False)),
+    *(_bound("jeffreys", dtype, True) for dtype in OTHERS),
+    *(_logit_bound(name, torch.float32) for name in ("kl", "gan", "jeffreys")),
+    *(_logit_bound("pearson_chi2", dtype) for dtype in OTHERS),
+    *(_tight_logit_bound("kl", dtype) for dtype in DTYPES),
+    *(_resample(method, torch.float32, log) for method in rx.resampling.METHODS for log in (False, True)),
+    *(_resample("systematic", dtype, False) for dtype in OTHERS),
+    *(_rejection(dtype) for dtype in DTYPES),
+    *(_metropolis(dtype) for dtype in DTYPES),
+)
+
+
+def assert_same(got: Iterable[Tensor], want: Iterable[Tensor], name: str) -> None:
+    """Bit for bit."""
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{name}: result {i} differs"

@@ -1,0 +1,137 @@
+"""What holds for every op on every device: no op untested, the same bits again, many threads at once, empty inputs."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from op_cases import CASES, Case, assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import refine_ext as rx
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+ops = torch.ops.refine_ext
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+class _CalledOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "refine_ext":
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_op_has_a_case():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("refine_ext::")}
+    assert len(registered) >= 11
+    called = _CalledOps()
+    with called:
+        for case in CASES:
+            case.run(*case.make("cpu"))
+    assert registered == called.names
+
+
+@every_case
+def test_results_depend_on_the_inputs(case: Case):
+    """So that comparing results means something: other inputs give other results, and none is empty or NaN."""
+    one, two = (case.run(*case.make("cpu", seed)) for seed in (0, 1))
+    for i, (a, b) in enumerate(zip(one, two, strict=True)):
+        assert a.numel() and a.dtype == b.dtype
+        assert not a.isnan().any()
+        # A few numbers may agree by chance: constants of a family, counts of a few.
+        if a.numel() > 100:
+            assert not torch.equal(a, b), f"result {i}"
+    assert any(not torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@every_case
+def test_the_same_bits_on_every_run(case: Case, device: str):
+    first = case.run(*case.make(device))
+    for _ in range(4):
+        assert_same(case.run(*case.make(device)), first, case.name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_eight_threads_at_once(device: str):
+    """Each on its own inputs and, on a GPU, its own stream: scratch memory and state must not be shared."""
+    cases = CASES[:: 1 if device == "cuda" else 4]
+    want = [[case.run(*case.make(device, seed)) for case in cases] for seed in range(8)]
+    errors: list[BaseException] = []
+    start = threading.Barrier(8, timeout=300)
+
+    def work(seed: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream() if device == "cuda" else None):
+                inputs = [case.make(device, seed) for case in cases]
+                start.wait()
+                got = [case.run(*x) for case, x in zip(cases, inputs, strict=True)]
+                if device == "cuda":
+                    torch.cuda.current_stream().synchronize()
+            for case, one, other in zip(cases, got, want[seed], strict=True):
+                assert_same(one, other, case.name)
+        except BaseException as error:
+            errors.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_inputs(device: str):
+    """No rows and no draws are fine (vmap and graphs make them); the public functions refuse an empty tensor."""
+    rows, values = torch.empty(0, 7, device=device), torch.empty(0, device=device)
+    stats = torch.empty(0, 8, device=device, dtype=torch.float64)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    results = [
+        ops.density_ratio(rows, None, None, 3, 0.0, False, False),
+        [ops.density_ratio_out(rows, None, None, 3, 0.0, False, False, out=torch.empty_like(rows))],
+        [ops.density_ratio_backward(rows, stats, rows, stats, None, True, 3, 0.0)],
+        ops.variational_bound(rows, rows, True, 3, 0.0),
+        [ops.variational_bound_backward(values, rows, stats, True, 3, 0.0)],
+        [ops.dual_bound(rows, rows, 3, 0.0)],
+        [ops.dual_output(rows, 3, 0.0)],
+        [ops.dual_slope(rows, rows, True, 3, 0.0), ops.dual_slope(values, rows, True, 3, 0.0)],
+        [ops.resample(rows, 5, seed, 0, method, False) for method in range(len(rx.resampling.METHODS))],
+        ops.rejection(rows, None, None, 1e-6, seed, 0),
+    ]
+    for tensors in results:
+        for tensor in tensors:
+            assert tensor.numel() == 0 and tensor.device.type == device
+    assert rx.resample(torch.rand(3, 7, device=device), 0, seed=0).shape == (3, 0)
+    assert rx.metropolis(torch.rand(7, device=device), 0, chains=2, seed=0).shape == (2, 0)
+    none = torch.empty(3, 0, device=device)
+    for call in (
+        lambda: rx.density_ratio(none, dim=-1),
+        lambda: rx.resample(none, 2, seed=0),
+        lambda: rx.rejection(none, seed=0),
+        lambda: rx.metropolis(none[0], 2, seed=0),
+        lambda: rx.variational_bound(none, torch.rand(3, device=device)),
+    ):
+        with pytest.raises(ValueError, match="empty"):
+            call()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_draws_are_philox_words(device: str):
+    """Multinomial draws from 2**24 equal weights are the top bits of the sequence's 64-bit numbers."""
+    seed, num, skip = 2**63 + 12_345, 4001, 2**33 + 1
+    got = rx.resample(torch.ones(2**24, device=device), num, "multinomial", seed=seed, offset=skip)
+    want = []
+    for i in range(skip, skip + num):
+        block, stream = i >> 1, 1
+        counter = (block & 0xFFFFFFFF, block >> 32, 0, stream)
+        words = rx._C.philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+        want.append(words[3 if i & 1 else 1] >> 8)
+    assert got.tolist() == want

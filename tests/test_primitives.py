@@ -1,0 +1,101 @@
+"""What the hardware defines: the tensor cores' fragments, matrices from shared memory, Philox's multiplications.
+
+cuda_on_cpu/primitives_main.cpp is compiled with the emulation, under its sanitizers, and with nvcc, for a GPU; both are
+compared with NumPy. The emulation and the kernels could share a wrong idea of a layout: only the GPU would tell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import emulator
+import numpy as np
+import pytest
+import resampling_reference
+from cuda_binary import CUOBJDUMP, NVDISASM
+from emulator import Process, decode, encode
+
+NVCC = shutil.which("nvcc")
+SOURCE = Path(emulator.__file__).with_name("primitives_main.cpp")
+OPS = ["product", "shared_product", "philox"]
+
+
+def compile_for_gpu(folder: Path) -> Path:
+    if NVCC is None:
+        pytest.skip("needs nvcc")
+    target = folder / "primitives"
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
+    code += ["-gencode=arch=compute_90,code=compute_90"]
+    command = [NVCC, "-std=c++20", "-O2", "-x", "cu", "--expt-relaxed-constexpr", *code, str(SOURCE), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target
+
+
+@pytest.fixture(scope="module", params=["address", "thread", pytest.param("cuda", marks=pytest.mark.cuda)])
+def process(request, tmp_path_factory):
+    if request.param == "cuda":
+        program = compile_for_gpu(tmp_path_factory.mktemp("primitives"))
+    elif emulator.AVAILABLE:
+        program = emulator.build("primitives_main", request.param)
+    else:
+        pytest.skip("needs g++ on Linux")
+    process = Process(program)
+    yield process
+    process.close()
+
+
+def multiply(process: Process, op: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    request = struct.pack("<4q", OPS.index(op), a.shape[0], b.shape[1], a.shape[1])
+    (answer,) = process.ask(request, (a, b), answers=1)
+    return np.frombuffer(answer, dtype=np.float32).reshape(a.shape[0], b.shape[1]).astype(np.float64)
+
+
+@pytest.mark.parametrize("op", ["product", "shared_product"])
+def test_products(process, op):
+    rng = np.random.default_rng(0)
+    for m, n, k in ((16, 64, 16), (48, 128, 80)):
+        # Small integers: every sum is exact, and any element in a wrong place shows.
+        a, b = (rng.integers(-99, 99, shape).astype(float) for shape in ((m, k), (k, n)))
+        got = multiply(process, op, encode(a, "bfloat16"), encode(b, "bfloat16"))
+        np.testing.assert_array_equal(got, a @ b)
+        # Powers of ten: a sum of k products, each step rounded, or cut off, at an ulp of the largest term so far.
+        a, b = (encode(rng.normal(size=x.shape) * 10 ** rng.uniform(-3, 3, x.shape), "bfloat16") for x in (a, b))
+        got = multiply(process, op, a, b)
+        a, b = decode(a, "bfloat16"), decode(b, "bfloat16")
+        assert (np.abs(got - a @ b) <= (k + 1) * 2.0**-23 * (np.abs(a) @ np.abs(b))).all()
+
+
+def test_philox(process):
+    words = np.random.default_rng(1).integers(0, 2**32, (1001, 6), dtype=np.uint32)
+    words[0], words[1] = 0, 2**32 - 1
+    (answer,) = process.ask(struct.pack("<4q", OPS.index("philox"), len(words), 0, 0), (words, None), answers=1)
+    want = [resampling_reference.philox(row[:4], row[4:]) for row in words.tolist()]
+    assert np.frombuffer(answer, dtype=np.uint32).reshape(-1, 4).tolist() == want
+
+
+@pytest.mark.skipif(CUOBJDUMP is None or NVDISASM is None, reason="needs cuobjdump and nvdisasm")
+def test_machine_code(tmp_path):
+    """One tensor-core instruction a product of 16 x 8 x 16, one load for four matrices, no memory of a thread's own."""
+    assert CUOBJDUMP is not None and NVDISASM is not None
+    program = compile_for_gpu(tmp_path)
+    path = os.pathsep.join([str(Path(NVDISASM).parent), os.environ.get("PATH", "")])
+    for arch in ("sm_80", "sm_90"):
+        command = [CUOBJDUMP, "-arch", arch, "-sass", str(program)]
+        dump = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+        ).stdout
+        function = re.compile(r"Function : \S*?\d([a-z_]+_kernel)\w*\n(.*?)(?=\n\s*Function :|\Z)", re.DOTALL)
+        kernels = dict(function.findall(dump))
+        assert kernels.keys() == {"product_kernel", "shared_product_kernel", "philox_kernel"}
+        for name, tiles, loads in (("product_kernel", 1, 0), ("shared_product_kernel", 2, 2)):
+            code = kernels[name]
+            products = len(re.findall(r"HMMA\.16816\.F32\.BF16", code))
+            assert products and products % tiles == 0, code
+            assert len(re.findall(r"HMMA", code)) == products
+            assert len(re.findall(r"LDSM\.16\.M(?:T)?88\.4", code)) * tiles == products * loads
+            assert not re.findall(r"\b(?:LDL|STL)\b", code)
