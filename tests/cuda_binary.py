@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, read from the library by NVIDIA's disassemblers, and their budgets in the sources."""
+"""What nvcc made of the CUDA kernels, read from the library by NVIDIA's disassemblers."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Kernel:
         self.code = code
 
     def _words(self, arguments: list[str]) -> list[str]:
-        """Template arguments as budgets name them: float32 or a 16-bit storage, a form, an output, a flag that is set."""
+        """Template arguments as budgets name them: a storage type, a form, an output, a flag that is set."""
         words = []
         for (kind, name), value in zip(self.source.parameters, arguments, strict=True):
             if kind == "bool":

@@ -1,9 +1,9 @@
 // Blocks of a kernel that share a multiprocessor, by NVIDIA's own calculator: the header needs no GPU.
+#include <cuda_occupancy.h>
+
 #include <climits>
 #include <cstddef>
 #include <cstring>
-
-#include <cuda_occupancy.h>
 
 // The properties of a multiprocessor come from the caller; -1 where the calculator refuses them.
 extern "C" int blocks_of(int major, int minor, int threads_limit, int shared_limit, int registers, int shared,

@@ -196,12 +196,10 @@ struct Tables;
 template <>
 struct Tables<float> {
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kExpTail[] = {0.5f, 0.166665770246102859f, 0.041666554660816678f,
-                                       0.00836317323900937241f, 0.00139261763254180529f};
-  static constexpr float kLogTail[] = {0.666666850413835306f, 0.399887798261498202f, 0.295799829716420768f};
-  // ln 2 in two parts, the first with enough trailing zeros that n * high is exact for every exponent n.
-  static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+  static constexpr float kExpTail[] = {FloatExp::q0, FloatExp::q1, FloatExp::q2, FloatExp::q3, FloatExp::q4};
+  static constexpr float kLogTail[] = {FloatLog::r0, FloatLog::r1, FloatLog::r2};
+  static constexpr float kLn2High = FloatExp::kLn2High, kLn2Low = FloatExp::kLn2Low;
+  static constexpr float kRound = FloatExp::kRound;
   static constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;
 };
 
@@ -386,6 +384,9 @@ struct Arithmetic<REFINE_EXT_ISA::Vec<S>> {
   static REFINE_EXT_INLINE V log(V x) { return REFINE_EXT_ISA::vector_log(x); }
   static REFINE_EXT_INLINE V log1p(V x) { return REFINE_EXT_ISA::vector_log1p(x); }
   static REFINE_EXT_INLINE V sqrt(V x) { return REFINE_EXT_ISA::vector_sqrt(x); }
+  static REFINE_EXT_INLINE V reciprocal(V x) { return splat(1.0) / x; }
+  static REFINE_EXT_INLINE V quotient(V x, V y) { return x / y; }
+  static REFINE_EXT_INLINE V inverse_sqrt(V x) { return splat(1.0) / sqrt(x); }
   static REFINE_EXT_INLINE void exp_and_expm1(V x, V& e, V& em1) {
     REFINE_EXT_ISA::vector_exp_and_expm1(x, e, em1);
   }

@@ -45,10 +45,11 @@ struct DualSumPass : Pass {
   Family family;
   C part = C(0);
   double total = 0.0;
-  __device__ __forceinline__ C sample(const C* x) {
+  template <int N>
+  __device__ __forceinline__ void run(const C (&x)[N][1], C (&)[N]) {
     family.form = kForm;
-    part += kConjugate ? conjugate(family, x[0]) : dual_output(family, x[0]);
-    return part;
+    part += pairwise_sum<N>(
+        [&](int i) { return kConjugate ? conjugate(family, x[i][0]) : dual_output(family, x[i][0]); });
   }
   __device__ __forceinline__ void flush() {
     total += static_cast<double>(part);
@@ -211,9 +212,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>
   } else {
     const Anchor anchor = problem.fixed ? fixed_anchor<C>(family, found.shift)
                                         : solved_anchor(family, found.anchor, found.log_max);
-    WritePass<kForm, C, Output::ratio> pass(family, anchor, scale);
-    const T* const inputs[2] = {row.h, nullptr};
-    for_samples<1, true, 2, C>(inputs, row.out, problem.n, team, pass);
+    WritePass<kForm, C, Output::ratio, false> pass(family, anchor, scale);
+    for_samples<1, true, 1, C>({row.h}, row.out, problem.n, team, pass);
   }
 }
 

@@ -21,58 +21,68 @@ struct RowProblem : DensityRatioProblem {
 
 // ---- passes
 
+// By pairs: a pack's rounding error is that of log2(N) additions.
+template <int N, class F>
+__device__ __forceinline__ auto pairwise_sum(F&& value, int first = 0) {
+  if constexpr (N == 1) {
+    return value(first);
+  } else {
+    return pairwise_sum<N / 2>(value, first) + pairwise_sum<N / 2>(value, first + N / 2);
+  }
+}
+
 // Largest output of positive weight, total weight, and whether a NaN, +inf or unusable weight was met.
 template <class C, bool kWeighted>
 struct ScanPass : Pass {
-  C best = -std::numeric_limits<C>::infinity();
+  C best = -std::numeric_limits<C>::infinity();  // without weights NaN if one was met
   double weight = 0.0;
-  bool invalid = false;
+  bool unusable = false;
 
-  __device__ __forceinline__ C sample(const C* x) {
-    const C infinity = std::numeric_limits<C>::infinity();
-    invalid |= !(x[0] < infinity);
-    bool counts = x[0] > best;
-    if constexpr (kWeighted) {
-      invalid |= !(x[1] >= C(0) && x[1] < infinity);
-      counts = counts && x[1] > C(0);
-      weight += static_cast<double>(x[1]);
+  __device__ __forceinline__ bool invalid() const {
+    return unusable || !(best < std::numeric_limits<C>::infinity());
+  }
+  template <int N, int K>
+  __device__ __forceinline__ void run(const C (&x)[N][K], C (&)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if constexpr (kWeighted) {
+        const C infinity = std::numeric_limits<C>::infinity();
+        unusable |= !(x[i][0] < infinity) || !(x[i][1] >= C(0) && x[i][1] < infinity);
+        best = x[i][0] > best && x[i][1] > C(0) ? x[i][0] : best;
+        weight += static_cast<double>(x[i][1]);
+      } else {
+        best = Arithmetic<C>::larger_or_nan(best, x[i][0]);
+      }
     }
-    best = counts ? x[0] : best;
-    return best;
   }
 };
 
-// The same and the sums of w e^{h - best}, for rows that are read once. The sums are rescaled whenever a pack
-// raises the maximum, which happens a few times a thread.
+// The same and the sums of w e^{h - reference}, for rows that are read once. The sums are rescaled whenever a
+// pack raises the maximum, which happens a few times a thread.
 template <class C, bool kWeighted>
 struct OnlineScanPass : Pass {
   ScanPass<C, kWeighted> scan;
-  C reference = C(0), part = C(0), part_square = C(0);
+  C reference = std::numeric_limits<C>::lowest(), part = C(0), part_square = C(0);
   double sum = 0.0, square = 0.0, largest = kWeighted ? 0.0 : 1.0;
 
-  __device__ __forceinline__ void inspect(const C* x) { scan.sample(x); }
-  __device__ __forceinline__ void prepare() {
-    if (!(scan.best > reference || sum == 0.0)) return;
-    const C origin = scan.best > -std::numeric_limits<C>::infinity() ? scan.best : C(0);
-    const double shrink = sum == 0.0 ? 0.0 : static_cast<double>(Arithmetic<C>::exp(reference - origin));
-    sum *= shrink;
-    square *= shrink * shrink;
-    if constexpr (kWeighted) largest *= shrink;
-    reference = origin;
-  }
-  __device__ __forceinline__ C sample(const C* x) {
-    const C e = Arithmetic<C>::exp(x[0] - reference);
-    if constexpr (kWeighted) {
-      // Weights may span more than float32 does once they are squared.
-      const double mass = x[1] > C(0) ? static_cast<double>(e) * static_cast<double>(x[1]) : 0.0;
-      sum += mass;
-      square += mass * mass;
-      largest = mass > largest ? mass : largest;
-    } else {
-      part += e;
-      part_square += e * e;
+  template <int N, int K>
+  __device__ __forceinline__ void run(const C (&x)[N][K], C (&e)[N]) {
+    scan.run(x, e);
+    if (scan.best > reference) rescale();
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      e[i] = Arithmetic<C>::exp(x[i][0] - reference);
+      if constexpr (kWeighted) {
+        // Weights may span more than float32 does once they are squared.
+        const double mass = x[i][1] > C(0) ? static_cast<double>(e[i]) * static_cast<double>(x[i][1]) : 0.0;
+        sum += mass;
+        square += mass * mass;
+        largest = mass > largest ? mass : largest;
+      } else {
+        part_square += e[i] * e[i];
+      }
     }
-    return e;
+    if constexpr (!kWeighted) part += pairwise_sum<N>([&](int i) { return e[i]; });
   }
   __device__ __forceinline__ void flush() {
     if constexpr (!kWeighted) {
@@ -80,6 +90,15 @@ struct OnlineScanPass : Pass {
       square += static_cast<double>(part_square);
       part = part_square = C(0);
     }
+  }
+
+ private:
+  __device__ __forceinline__ void rescale() {
+    const double shrink = static_cast<double>(Arithmetic<C>::exp(reference - scan.best));
+    sum *= shrink;
+    square *= shrink * shrink;
+    if constexpr (kWeighted) largest *= shrink;
+    reference = scan.best;
   }
 };
 
@@ -94,18 +113,22 @@ struct MeanPass : Pass {
   __device__ __forceinline__ MeanPass(const Family& family, const Anchor& anchor)
       : evaluate(family, anchor), high(static_cast<C>(anchor.high)), low(static_cast<C>(anchor.low)) {}
 
-  __device__ __forceinline__ C sample(const C* x) {
-    const RatioPoint<C> point = evaluate((high - x[0]) + low);
-    if constexpr (kWeighted) {
-      // A sample of weight zero takes no part, even where its ratio overflows.
-      const bool counts = x[1] > C(0);
-      ratio += counts ? static_cast<double>(x[1]) * static_cast<double>(point.ratio) : 0.0;
-      moment += counts ? static_cast<double>(x[1]) * static_cast<double>(point.moment) : 0.0;
-    } else {
-      part += point.ratio;
-      part_moment += point.moment;
+  template <int N, int K>
+  __device__ __forceinline__ void run(const C (&x)[N][K], C (&y)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const RatioPoint<C> point = evaluate((high - x[i][0]) + low);
+      y[i] = point.ratio;
+      if constexpr (kWeighted) {
+        // A sample of weight zero takes no part, even where its ratio overflows.
+        const bool counts = x[i][1] > C(0);
+        ratio += counts ? static_cast<double>(x[i][1]) * static_cast<double>(point.ratio) : 0.0;
+        moment += counts ? static_cast<double>(x[i][1]) * static_cast<double>(point.moment) : 0.0;
+      } else {
+        part_moment += point.moment;
+      }
     }
-    return point.ratio;
+    if constexpr (!kWeighted) part += pairwise_sum<N>([&](int i) { return y[i]; });
   }
   __device__ __forceinline__ void flush() {
     if constexpr (!kWeighted) {
@@ -116,13 +139,15 @@ struct MeanPass : Pass {
   }
 };
 
-// The result, and its sums: w r, (w r)^2, largest w r, and with Output::none w f*, in float64 since squares
-// leave float32 early. kEither: log r or r, as `log_ratio` says at run time.
-template <Form kForm, class C, Output kOutput, bool kEither = false>
+// The result, and its sums: w r, (w r)^2, largest w r, and with Output::none w f*. With weights these are
+// taken in float64 sample by sample, since squares leave float32 early; without, at a solved shift, r lies
+// between 0 and n. kEither: log r or r, as `log_ratio` says at run time.
+template <Form kForm, class C, Output kOutput, bool kWeighted, bool kEither = false>
 struct WritePass : Pass {
   const RatioEvaluator<kForm, C> evaluate;
   const C high, low, scale;
   bool log_ratio = kOutput == Output::log_ratio;
+  C part = C(0), part_square = C(0), part_conjugate = C(0), part_largest = C(0);
   double ratio = 0.0, square = 0.0, conjugate = 0.0, largest = 0.0;
 
   __device__ __forceinline__ WritePass(const Family& family, const Anchor& anchor, double factor)
@@ -131,18 +156,45 @@ struct WritePass : Pass {
         low(static_cast<C>(anchor.low)),
         scale(static_cast<C>(factor)) {}
 
-  __device__ __forceinline__ C sample(const C* x) {
-    const RatioPoint<C> point = evaluate((high - x[0]) + low);
-    const bool counts = x[1] > C(0);
-    const double r = counts ? static_cast<double>(x[1]) * static_cast<double>(point.ratio) : 0.0;
-    ratio += r;
-    square += r * r;
-    largest = r > largest ? r : largest;
-    if constexpr (kOutput == Output::none) {
-      conjugate += counts ? static_cast<double>(x[1]) * static_cast<double>(point.conjugate) : 0.0;
+  template <int N, int K>
+  __device__ __forceinline__ void run(const C (&x)[N][K], C (&y)[N]) {
+    C ratios[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const RatioPoint<C> point = evaluate((high - x[i][0]) + low);
+      ratios[i] = point.ratio;
+      if constexpr (kWeighted) {
+        const bool counts = x[i][1] > C(0);
+        const double r = counts ? static_cast<double>(x[i][1]) * static_cast<double>(point.ratio) : 0.0;
+        ratio += r;
+        square += r * r;
+        largest = r > largest ? r : largest;
+        if constexpr (kOutput == Output::none) {
+          conjugate += counts ? static_cast<double>(x[i][1]) * static_cast<double>(point.conjugate) : 0.0;
+        }
+      } else {
+        part_square += point.ratio * point.ratio;
+        part_largest = point.ratio > part_largest ? point.ratio : part_largest;
+        if constexpr (kOutput == Output::none) part_conjugate += point.conjugate;
+      }
+      if constexpr (kEither) {
+        y[i] = log_ratio ? point.log_ratio : point.ratio;
+      } else {
+        y[i] = kOutput == Output::log_ratio ? point.log_ratio : point.ratio * scale;
+      }
     }
-    if constexpr (kEither) return log_ratio ? point.log_ratio : point.ratio;
-    return kOutput == Output::log_ratio ? point.log_ratio : point.ratio * scale;
+    if constexpr (!kWeighted) part += pairwise_sum<N>([&](int i) { return ratios[i]; });
+  }
+  __device__ __forceinline__ void flush() {
+    if constexpr (!kWeighted) {
+      ratio += static_cast<double>(part);
+      square += static_cast<double>(part_square);
+      conjugate += static_cast<double>(part_conjugate);
+      part = part_square = part_conjugate = C(0);
+    }
+  }
+  __device__ __forceinline__ double largest_ratio() const {
+    return kWeighted ? largest : static_cast<double>(part_largest);
   }
 };
 
@@ -196,7 +248,7 @@ struct RowState {
 template <class C, bool kWeighted>
 __device__ __forceinline__ ScanTotals scan_totals(const Team& team, const ScanPass<C, kWeighted>& pass,
                                                   int64_t count) {
-  double maxima[2] = {static_cast<double>(pass.best), pass.invalid ? 1.0 : 0.0};
+  double maxima[2] = {static_cast<double>(pass.best), pass.invalid() ? 1.0 : 0.0};
   double sums[1] = {kWeighted ? pass.weight : 0.0};
   reduce<Maximum>(team, maxima);
   if constexpr (kWeighted) reduce<Sum>(team, sums);

@@ -47,9 +47,10 @@ struct Workspace {
 };
 
 // Packs on their way to a thread at a time. A pass that only reads one input needs 32 bytes in flight to keep
-// the memory busy; two inputs, or reads that share it with writes, do with a pack each.
-template <class T>
-inline constexpr int kReadAhead = sizeof(T) >= 4 ? 2 : 1;
+// the memory busy; two inputs, or reads that share it with writes, do with a pack each, and so do the forms
+// that wait for their arithmetic.
+template <class T, Form kForm = Form::exponential>
+inline constexpr int kReadAhead = sizeof(T) >= 4 && kForm != Form::power && kForm != Form::lambert ? 2 : 1;
 
 // Blocks that share a multiprocessor, which sets the registers of a thread: 64; 80 for the eight samples of a
 // 16-bit pack and for the lambert form, which waits for its arithmetic anyway; 128 for float64.
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kGuessThreads, 1)
   if (state.status != Status::searching || problem.n < 2 * kSubsample) return;
 
   const int64_t offset = team.row * problem.n, from = problem.n / kGuessThreads * team.rank;
-  C x[kGuessRun][2];
+  C x[kGuessRun][2], y[kGuessRun];
   ScanPass<C, true> scan;
 #pragma unroll
   for (int j = 0; j < kGuessRun; ++j) {
@@ -183,9 +184,8 @@ __global__ void __launch_bounds__(kGuessThreads, 1)
     x[j][1] = problem.weights ? sample_at<C>(problem.weights, problem.storage,
                                              team.row * problem.weight_stride + from + j)
                               : C(1);
-    scan.sample(x[j]);
   }
-  scan.flush();
+  scan.run(x, y);
   const ScanTotals sampled = scan_totals(team, scan, 0);
   if (!(sampled.weight > 0.0)) return;
 
@@ -205,12 +205,11 @@ __global__ void __launch_bounds__(kGuessThreads, 1)
   for (int step = 0; step < kMaxSteps && state.status == Status::searching; ++step) {
     MeanPass<kForm, C, true> bulk(problem.family, state.anchor);
     MeanPass<kForm, C, false> rare(problem.family, state.anchor);
-#pragma unroll
-    for (int j = 0; j < kGuessRun; ++j) bulk.sample(x[j]);
-    bulk.flush();
+    bulk.run(x, y);
     for (int64_t i = 0; i < mine; ++i) {
-      const C extreme[1] = {static_cast<C>(extremes[team.rank + team.size * i])};
-      rare.sample(extreme);
+      const C extreme[1][1] = {{static_cast<C>(extremes[team.rank + team.size * i])}};
+      C ratio[1];
+      rare.run(extreme, ratio);
       rare.flush();
     }
     double sums[2] = {share * bulk.ratio + mean_weight * rare.ratio,
@@ -276,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>
   inputs[0] = row.h;
   if constexpr (kWeighted) inputs[1] = row.weights;
   MeanPass<kForm, C, kWeighted> pass(problem.family, state.anchor);
-  for_samples<kWeighted ? 1 : kReadAhead<T>, false, kInputs, C>(inputs, row.out, problem.n, team, pass);
+  for_samples<kWeighted ? 1 : kReadAhead<T, kForm>, false, kInputs, C>(inputs, row.out, problem.n, team,
+                                                                       pass);
   double sums[2] = {pass.ratio, pass.moment};
   reduce<Sum>(team, sums);
   if (team.rank != 0) return;
@@ -297,12 +297,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int step = 0; step < kMaxSteps && state.status == Status::searching; ++step) {
     MeanPass<kForm, double, true> pass(problem.family, state.anchor);
     for (int64_t i = team.rank; i < problem.n; i += team.size) {
-      const double x[2] = {sample_at<double>(problem.h, problem.storage, team.row * problem.n + i),
-                           problem.weights ? sample_at<double>(problem.weights, problem.storage,
-                                                               team.row * problem.weight_stride + i)
-                                           : 1.0};
-      pass.sample(x);
-      pass.flush();
+      const double x[1][2] = {{sample_at<double>(problem.h, problem.storage, team.row * problem.n + i),
+                               problem.weights ? sample_at<double>(problem.weights, problem.storage,
+                                                                   team.row * problem.weight_stride + i)
+                                               : 1.0}};
+      double ratio[1];
+      pass.run(x, ratio);
     }
     double sums[2] = {pass.ratio, pass.moment};
     reduce<Sum>(team, sums);
@@ -325,10 +325,12 @@ __device__ __forceinline__ RowState& final_state(const RowProblem& problem, cons
   return work.state(kFinalSlot, team.row);
 }
 
-// N is what the formula is evaluated in: of a form that holds g, rows where float32 cannot are left to the
-// kernel with N = double, and the other way round.
+// N is what the formula is evaluated in: of a form that holds g, weighted rows where float32 cannot are left
+// to the kernel with N = double, and the other way round. kWeighted: the sums in float64, which a given shift
+// needs too, since its ratios may be anything.
 // A value or two are parked in local memory outside the loop.
-// budget: registers 64 (16-bit 80, lambert 80, N=float64 120), local 0 (N=float32 16), shared 512 (exponential 944), occupancy 50%
+// budget: registers 64 (16-bit 80, lambert 80, N=float64 120), local 0 (N=float32 16), shared 512
+// (exponential 944), occupancy 50%
 //     (16-bit 37%, lambert 37%, N=float64 25%), inputs 2 (exponential 1), outputs 1 (none 0),
 //   instructions/sample 80 (reciprocal 60, inverse_square 60, inverse_sqrt 73, linear 45, logistic 102,
 //     lambert 373, log_ratio exponential 32, log_ratio reciprocal 89, log_ratio inverse_square 90,
@@ -338,7 +340,7 @@ __device__ __forceinline__ RowState& final_state(const RowProblem& problem, cons
 //     N=float64 linear 154, N=float64 power 430, N=float64 logistic 340, N=float64 lambert 565),
 //   special/sample 1 (inverse_sqrt 2, linear 0, logistic 3, lambert 15, N=float64 6),
 //   float64/sample 7 (exponential 1, none 10, N=float64 109, power 144, lambert N=float64 181)
-template <Form kForm, class T, Output kOutput, class N>
+template <Form kForm, class T, Output kOutput, bool kWeighted, class N>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, N, kForm>)
     write_kernel(const RowProblem problem, const Layout layout, const Workspace work, RatioStats* stats) {
   using S = typename ComputeOf<T>::type;
@@ -357,10 +359,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, N, kForm>)
   }
   if constexpr (kForm == Form::exponential) {
     ShiftPass<S, kOutput> pass(state.anchor, 1.0);
-    for_samples<kReadAhead<T>, true, 1, S>({row.h}, row.out, problem.n, team, pass);
+    for_samples<1, true, 1, S>({row.h}, row.out, problem.n, team, pass);
   } else {
-    WritePass<kForm, N, kOutput> pass(problem.family, state.anchor, 1.0);
-    for_samples<1, kOutput != Output::none, 2, N>({row.h, row.weights}, row.out, problem.n, team, pass);
+    constexpr bool kWrite = kOutput != Output::none;
+    // Weighted, log r or r is a choice at run time, beside which reading the weights costs more.
+    WritePass<kForm, N, kOutput, kWeighted, kWeighted && kWrite> pass(problem.family, state.anchor, 1.0);
+    if constexpr (kWeighted) {
+      pass.log_ratio = problem.output == Output::log_ratio;
+      for_samples<1, kWrite, 2, N>({row.h, row.weights}, row.out, problem.n, team, pass);
+    } else {
+      for_samples<kWrite ? 1 : kReadAhead<T, kForm>, kWrite, 1, N>({row.h}, row.out, problem.n, team, pass);
+    }
     const RowSums sums = row_sums(team, pass);
     if (team.rank != 0) return;
     double* partial = work.partial(1, team.row, team.part);

@@ -18,9 +18,9 @@ template <class C>
 struct SumPass : Pass {
   C part = C(0);
   double total = 0.0;
-  __device__ __forceinline__ C sample(const C* x) {
-    part += x[0];
-    return part;
+  template <int N>
+  __device__ __forceinline__ void run(const C (&x)[N][1], C (&)[N]) {
+    part += pairwise_sum<N>([&](int i) { return x[i][0]; });
   }
   __device__ __forceinline__ void flush() {
     total += static_cast<double>(part);
@@ -68,14 +68,15 @@ struct RowSums {
 };
 template <class P>
 __device__ __forceinline__ RowSums row_sums(const Team& team, const P& pass) {
-  double sums[3] = {pass.ratio, pass.square, pass.conjugate}, largest[1] = {pass.largest};
+  double sums[3] = {pass.ratio, pass.square, pass.conjugate}, largest[1] = {pass.largest_ratio()};
   reduce<Sum>(team, sums);
   reduce<Maximum>(team, largest);
   return {sums[0], sums[1], sums[2], largest[0]};
 }
 
 // A few values are parked in local memory between its loops.
-// budget: registers 128, local 40 (exponential 0), shared 3968 (exponential 3712), occupancy 25%, inputs 2, outputs 1,
+// budget: registers 128, local 40 (exponential 0), shared 3968 (exponential 3712), occupancy 25%, inputs 2,
+// outputs 1,
 //   instructions/sample 56 (reciprocal 153, inverse_square 154, inverse_sqrt 178, linear 71, power 411,
 //     logistic 132, lambert 389, float64 exponential 153, float64 reciprocal 172, float64 inverse_square
 //     173, float64 inverse_sqrt 196, float64 linear 158, float64 power 429, float64 logistic 341, float64
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   ScanTotals totals = scan_totals(team, scan, n);
   if constexpr (kForm == Form::exponential) {
     const Anchor anchor = solved_anchor(problem.family, totals.maximum, 0.0);
-    WritePass<kForm, S, Output::ratio> pass(problem.family, anchor, 1.0);
+    WritePass<kForm, S, Output::ratio, true> pass(problem.family, anchor, 1.0);
     for_samples<1, false, 2, S>(inputs, row.out, n, team, pass);
     const RowSums sums = row_sums(team, pass);
     totals.sum = sums.ratio;
@@ -145,13 +146,13 @@ __global__ void __launch_bounds__(kMaxThreads)
       for_samples<1, true, 1, S>({row.h}, row.out, n, team, pass);
     }
   } else if (problem.output == Output::none) {
-    WritePass<kForm, C, Output::none> pass(problem.family, state.anchor, 1.0);
+    WritePass<kForm, C, Output::none, true> pass(problem.family, state.anchor, 1.0);
     for_samples<1, false, 2, C>(inputs, row.out, n, team, pass);
     sums = row_sums(team, pass);
   } else {
     const auto write_in = [&](auto number) {
       using N = decltype(number);
-      WritePass<kForm, N, Output::ratio, true> pass(problem.family, state.anchor, 1.0);
+      WritePass<kForm, N, Output::ratio, true, true> pass(problem.family, state.anchor, 1.0);
       pass.log_ratio = problem.output == Output::log_ratio;
       for_samples<1, true, 2, N>(inputs, row.out, n, team, pass);
       sums = row_sums(team, pass);

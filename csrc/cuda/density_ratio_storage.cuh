@@ -60,17 +60,22 @@ void DensityRatioLaunches<T>::run(const RowProblem& problem, RatioStats* stats, 
     const auto write = [&](auto kernel) {
       launch(op, kernel, shape.blocks, shape.threads, stream, problem, shape.layout, work, stats);
     };
-    const bool ratio = problem.output == Output::ratio;
-    if (problem.output != Output::none) {
-      write(ratio ? write_kernel<kForm, T, Output::ratio, C> : write_kernel<kForm, T, Output::log_ratio, C>);
-      if constexpr (kHoldsBase<kForm, C>) {
-        if (problem.weights) {
-          write(ratio ? write_kernel<kForm, T, Output::ratio, double>
-                      : write_kernel<kForm, T, Output::log_ratio, double>);
-        }
+    const bool ratio = problem.output == Output::ratio, none = problem.output == Output::none;
+    if constexpr (kForm == Form::exponential) {
+      if (!none) {
+        write(ratio ? write_kernel<kForm, T, Output::ratio, false, C>
+                    : write_kernel<kForm, T, Output::log_ratio, false, C>);
       }
-    } else if constexpr (kForm != Form::exponential) {
-      write(write_kernel<kForm, T, Output::none, C>);
+    } else if (sizeof(C) == 8 || problem.weights || problem.fixed) {
+      write(none ? write_kernel<kForm, T, Output::none, true, C>
+                 : write_kernel<kForm, T, Output::ratio, true, C>);
+      if constexpr (kHoldsBase<kForm, C>) {
+        if (problem.weights && !none) write(write_kernel<kForm, T, Output::ratio, true, double>);
+      }
+    } else if constexpr (sizeof(C) == 4) {
+      write(none    ? write_kernel<kForm, T, Output::none, false, C>
+            : ratio ? write_kernel<kForm, T, Output::ratio, false, C>
+                    : write_kernel<kForm, T, Output::log_ratio, false, C>);
     }
     if (kForm != Form::exponential || bound.values) {
       SearchLaunches<C>::finish(problem, work, stats, bound, stream);

@@ -1,10 +1,10 @@
 // How a block walks over the samples of a row: packs of 16 bytes, the next ones on their way while these are
-// computed, and single samples where the row's ends are not aligned. The formulas come as an `op`:
+// computed. Single samples where the row's ends are not aligned, and everywhere if its inputs and output are
+// not misaligned alike. The formulas come as an `op`:
 //
-//   void op.inspect(const C* x)    sees every sample of a pack (at most 16 bytes of them),
-//   void op.prepare()              then comes this,
-//   C op.sample(const C* x)        then each sample again; the result is written if there is an output
-//   void op.flush()                moves the pack's partial sums from C to float64
+//   void op.run(const C (&x)[N][kInputs], C (&y)[N])   takes N samples at a time, or
+//   C op.sample(const C* x)                            one; the result is written if there is an output
+//   void op.flush()                                    moves partial sums from C to float64, every 8 samples
 #pragma once
 
 #include "storage.cuh"
@@ -43,89 +43,111 @@ __device__ __forceinline__ Team my_team(const Layout& layout) {
   return team;
 }
 
-// The base of every op: nothing to inspect, nothing to flush.
+// The base of every op: nothing to flush.
 struct Pass {
-  template <class C>
-  __device__ __forceinline__ void inspect(const C*) {}
-  __device__ __forceinline__ void prepare() {}
   __device__ __forceinline__ void flush() {}
 };
 
-// kAhead packs of each input are on their way while as many are computed. in[k] == nullptr stands for a row
-// of ones.
+template <class Op, class C, int N, int K>
+__device__ __forceinline__ void run(Op& op, const C (&x)[N][K], C (&y)[N]) {
+  if constexpr (requires { op.run(x, y); }) {
+    op.run(x, y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = op.sample(x[i]);
+  }
+}
+
+// kAhead packs of each input are on their way while as many are computed. The last of several inputs may be
+// nullptr, for a row of ones.
 template <int kAhead, bool kWrite, int kInputs, class C, class T, class Op>
 __device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* out, int64_t n,
                                             const Team& team, Op& op) {
   constexpr int kWidth = kLanes<T>;
+  const auto given = [&](int k) { return kInputs == 1 || k + 1 < kInputs || in[k]; };
   const int64_t misaligned = static_cast<int64_t>((reinterpret_cast<uintptr_t>(in[0]) % 16) / sizeof(T));
   const int64_t before = misaligned == 0 ? 0 : kWidth - misaligned;
   const int64_t head = before < n ? before : n;
-  const int64_t packs = (n - head) / kWidth, tail = head + packs * kWidth;
-
-  // Fewer edges than a warp has threads.
-  if (team.first < head + (n - tail)) {
-    const int64_t i = team.first < head ? team.first : tail + (team.first - head);
-    C x[kInputs];
+  bool packed = !kWrite || is_aligned(out + head);
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) x[k] = in[k] ? static_cast<C>(widen(in[k][i])) : C(1);
-    op.inspect(x);
-    op.prepare();
-    const C value = op.sample(x);
-    if constexpr (kWrite) narrow(value, out[i]);
+  for (int k = 0; k < kInputs; ++k) packed = packed && (!given(k) || is_aligned(in[k] + head));
+  const int64_t packs = packed ? (n - head) / kWidth : 0, inside = packs * kWidth;
+
+  for (int64_t edge = team.first; edge < n - inside; edge += team.stride) {
+    const int64_t i = edge < head ? edge : edge + inside;
+    C x[1][kInputs], y[1];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) x[0][k] = given(k) ? static_cast<C>(widen(in[k][i])) : C(1);
+    run(op, x, y);
+    if constexpr (kWrite) narrow(y[0], out[i]);
     op.flush();
   }
 
-  bool aligned[kInputs];
+  if (team.first >= packs) return;
+  // 32 bits count the packs of one thread.
+  int left = static_cast<int>((packs - team.first - 1) / team.stride) + 1;
+  const uint4* from[kInputs];
 #pragma unroll
-  for (int k = 0; k < kInputs; ++k) aligned[k] = is_aligned(in[k] + head);
-  [[maybe_unused]] const bool out_aligned = kWrite && is_aligned(out + head);
-
-  const auto fetch = [&](int64_t pack, uint4(&raw)[kInputs]) {
+  for (int k = 0; k < kInputs; ++k) {
+    from[k] = given(k) ? reinterpret_cast<const uint4*>(in[k] + head) + team.first : nullptr;
+  }
+  [[maybe_unused]] uint4* to = kWrite ? reinterpret_cast<uint4*>(out + head) + team.first : nullptr;
+  uint4 next[kAhead][kInputs];
+  const auto fetch = [&](int u) {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
-      if (in[k]) raw[k] = load_pack(in[k] + head + pack * kWidth, aligned[k]);
+      if (given(k)) next[u][k] = from[k][u * team.stride];
     }
   };
-  const auto process = [&](int64_t pack, const uint4(&raw)[kInputs]) {
-    T lanes[kInputs][kWidth], results[kWidth];
-    C x[kWidth][kInputs];
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) memcpy(lanes[k], &raw[k], sizeof(uint4));
-#pragma unroll
-    for (int lane = 0; lane < kWidth; ++lane) {
-#pragma unroll
-      for (int k = 0; k < kInputs; ++k) x[lane][k] = in[k] ? static_cast<C>(widen(lanes[k][lane])) : C(1);
-      op.inspect(x[lane]);
-    }
-    op.prepare();
-#pragma unroll
-    for (int lane = 0; lane < kWidth; ++lane) {
-      const C value = op.sample(x[lane]);
-      if constexpr (kWrite) narrow(value, results[lane]);
-    }
-    if constexpr (kWrite) store_pack(out + head + pack * kWidth, out_aligned, results);
-    op.flush();
-  };
-
-  const int64_t step = team.stride * kAhead;
-  int64_t pack = team.first;
-  uint4 next[kAhead][kInputs], current[kAhead][kInputs];
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
-    if (pack + u * team.stride < packs) fetch(pack + u * team.stride, next[u]);
+    if (u < left) fetch(u);
   }
-  while (pack < packs) {
-    const int64_t at = pack;
-    memcpy(current, next, sizeof(next));
-    pack += step;
+  const auto unpack = [&](int u, C(*x)[kInputs]) {
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      T lanes[kWidth];
+      memcpy(lanes, &next[u][k], sizeof(uint4));
+#pragma unroll
+      for (int lane = 0; lane < kWidth; ++lane) {
+        x[lane][k] = given(k) ? static_cast<C>(widen(lanes[lane])) : C(1);
+      }
+    }
+  };
+  const auto store = [&](int u, const C* y) {
+    if constexpr (kWrite) {
+      T lanes[kWidth];
+#pragma unroll
+      for (int lane = 0; lane < kWidth; ++lane) narrow(y[lane], lanes[lane]);
+      uint4 pack;
+      memcpy(&pack, lanes, sizeof(pack));
+      to[u * team.stride] = pack;
+    }
+  };
+#pragma unroll 1
+  for (; left >= kAhead; left -= kAhead) {
+    C x[kAhead * kWidth][kInputs], y[kAhead * kWidth];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) from[k] += kAhead * team.stride;
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      if (pack + u * team.stride < packs) fetch(pack + u * team.stride, next[u]);
+      unpack(u, x + u * kWidth);
+      if (left > kAhead + u) fetch(u);
     }
+    run(op, x, y);
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (at + u * team.stride < packs) process(at + u * team.stride, current[u]);
-    }
+    for (int u = 0; u < kAhead; ++u) store(u, y + u * kWidth);
+    if constexpr (kWrite) to += kAhead * team.stride;
+    op.flush();
+  }
+#pragma unroll
+  for (int u = 0; u + 1 < kAhead; ++u) {
+    if (u >= left) break;
+    C x[kWidth][kInputs], y[kWidth];
+    unpack(u, x);
+    run(op, x, y);
+    store(u, y);
+    op.flush();
   }
 }
 

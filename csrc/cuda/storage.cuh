@@ -50,10 +50,14 @@ __device__ __forceinline__ void narrow(float value, double& result) { result = v
 __device__ __forceinline__ void narrow(float value, float& result) { result = value; }
 __device__ __forceinline__ void narrow(double value, float& result) { result = static_cast<float>(value); }
 __device__ __forceinline__ void narrow(float value, BFloat16& result) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#else
   const uint32_t bits = from_bits<uint32_t>(value);
   // Round to nearest even; the carry of a large mantissa makes the next exponent, or infinity, by itself.
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   result.bits = static_cast<uint16_t>(value != value ? 0x7fffu : rounded);
+#endif
 }
 __device__ __forceinline__ void narrow(float value, Half& result) {
 #if defined(REFINE_EXT_CUDA_ON_CPU)
@@ -75,30 +79,6 @@ inline constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
 template <class T>
 __device__ __forceinline__ bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
-template <class T>
-__device__ __forceinline__ uint4 load_pack(const T* p, bool aligned) {
-  // By intrinsic: as plain code the two branches are merged into one of small accesses.
-  if (aligned) return __ldca(reinterpret_cast<const uint4*>(p));
-  T lanes[kLanes<T>];
-#pragma unroll
-  for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = p[lane];
-  uint4 pack;
-  memcpy(&pack, lanes, sizeof(pack));
-  return pack;
-}
-
-template <class T>
-__device__ __forceinline__ void store_pack(T* p, bool aligned, const T (&lanes)[kLanes<T>]) {
-  if (aligned) {
-    uint4 pack;
-    memcpy(&pack, lanes, sizeof(pack));
-    __stwb(reinterpret_cast<uint4*>(p), pack);
-    return;
-  }
-#pragma unroll
-  for (int lane = 0; lane < kLanes<T>; ++lane) p[lane] = lanes[lane];
 }
 
 }  // namespace refine_ext::cuda

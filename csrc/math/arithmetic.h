@@ -3,7 +3,9 @@
 // Arithmetic).
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -27,11 +29,31 @@ struct Arithmetic {
   static REFINE_EXT_INLINE V log(V x) { return ::log(x); }
   static REFINE_EXT_INLINE V log1p(V x) { return ::log1p(x); }
   static REFINE_EXT_INLINE V sqrt(V x) { return ::sqrt(x); }
+  // Apart from a division, since a GPU has instructions for them.
+  static REFINE_EXT_INLINE V reciprocal(V x) { return V(1) / x; }
+  static REFINE_EXT_INLINE V quotient(V x, V y) { return x / y; }
+  static REFINE_EXT_INLINE V inverse_sqrt(V x) { return V(1) / ::sqrt(x); }
+  static REFINE_EXT_INLINE V larger_or_nan(V a, V b) { return a > b || a != a ? a : b; }
   // e^x and e^x - 1 together, for vector code to share one polynomial; x below the overflow of e^x.
   static REFINE_EXT_INLINE void exp_and_expm1(V x, V& e, V& em1) {
     e = exp(x);
     em1 = expm1(x);
   }
+};
+
+// float32: x = n ln 2 + r with |r| <= ln(2)/2 and e^x = 2^n (1 + p), p = r + r^2 (q0 + q1 r + ...).
+// Coefficients: tools/fit_polynomials.py. ln 2 comes in two parts, the first with enough trailing zeros that
+// n * high is exact.
+struct FloatExp {
+  static constexpr float q0 = 0.5f, q1 = 0.166665770246102859f, q2 = 0.041666554660816678f;
+  static constexpr float q3 = 0.00836317323900937241f, q4 = 0.00139261763254180529f;
+  static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+};
+
+// log(m) = 2 s + s^3 (r0 + r1 s^2 + ...) with s = (m - 1) / (m + 1), for m in [sqrt(1/2), sqrt(2)].
+struct FloatLog {
+  static constexpr float r0 = 0.666666850413835306f, r1 = 0.399887798261498202f, r2 = 0.295799829716420768f;
 };
 
 template <>
@@ -42,12 +64,80 @@ struct Arithmetic<float> {
   static REFINE_EXT_INLINE float select(Mask mask, float yes, float no) { return mask ? yes : no; }
   static REFINE_EXT_INLINE float exp(float x) { return ::expf(x); }
   static REFINE_EXT_INLINE float expm1(float x) { return ::expm1f(x); }
-  static REFINE_EXT_INLINE float log(float x) { return ::logf(x); }
-  static REFINE_EXT_INLINE float log1p(float x) { return ::log1pf(x); }
-  static REFINE_EXT_INLINE float sqrt(float x) { return ::sqrtf(x); }
+  // A few instructions around those of the GPU's special unit, which count subnormals as zero. Errors:
+  // reciprocal, sqrt and inverse_sqrt 1 ulp; log 2^-22 of an argument between 1/2 and 2, else 2 ulp.
+  static REFINE_EXT_INLINE float sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+    asm("sqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+#else
+    return inexact(::sqrtf(x));
+#endif
+  }
+  static REFINE_EXT_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+#else
+    return inexact(1.0f / x);
+#endif
+  }
+  static REFINE_EXT_INLINE float inverse_sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+    asm("rsqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+#else
+    return inexact(1.0f / ::sqrtf(x));
+#endif
+  }
+  static REFINE_EXT_INLINE float log(float x) {
+#if defined(__CUDA_ARCH__)
+    asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return 0.693147181f * x;
+#else
+    const float y = ::logf(x);
+    return inexact(inexact(y < 0.693f && y > -0.693f ? (y + 2.0f) - 2.0f : y));
+#endif
+  }
+  static REFINE_EXT_INLINE float quotient(float x, float y) { return x * reciprocal(y); }
+  // For x >= 0; within 8 ulp. With s = x / (2 + x) it is 2 s + s^3 R(s^2).
+  static REFINE_EXT_INLINE float log1p(float x) {
+    using T = FloatLog;
+    const float s = quotient(x, 2.0f + x), z = s * s;
+    const float near = 2.0f * s + s * z * ((T::r2 * z + T::r1) * z + T::r0);
+    return x < 0.41f ? near : log(1.0f + x);
+  }
+  // Within 2 ulp, of em1 too; x up to 88. Below -87.7 e is 0.
   static REFINE_EXT_INLINE void exp_and_expm1(float x, float& e, float& em1) {
-    e = exp(x);
-    em1 = expm1(x);
+    using T = FloatExp;
+    // At -88 the exponent of 2^n is that of zero.
+    x = larger_or_nan(x, -88.0f);
+    const float shifted = x * 1.44269504f + T::kRound, n = shifted - T::kRound;
+    const float r = (x - n * T::kLn2High) - n * T::kLn2Low;
+    const float q = (((T::q4 * r + T::q3) * r + T::q2) * r + T::q1) * r + T::q0;
+    const float p = r + r * r * q;
+    // The integer n stands in the low bits of `shifted`.
+    const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+    e = power * p + power;
+    em1 = power * p + (power - 1.0f);
+  }
+  static REFINE_EXT_INLINE float larger_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
+#else
+    return a > b || a != a ? a : b;
+#endif
+  }
+
+ private:
+  // The host, which only runs this in tests of the kernels, takes the errors of the GPU's instructions to
+  // their limit, one way or the other.
+  static REFINE_EXT_INLINE float inexact(float y) {
+    const uint32_t bits = std::bit_cast<uint32_t>(y);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const bool ordinary = magnitude >= 0x00800000u && magnitude < 0x7f7fffffu;
+    return ordinary ? std::bit_cast<float>((bits * 0x9e3779b9u) >> 31 ? bits + 1 : bits - 1) : y;
   }
 };
 

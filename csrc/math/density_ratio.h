@@ -93,8 +93,8 @@ template <class V>
 REFINE_EXT_INLINE V lambert_root(V g, V d, int steps) {
   using A = Arithmetic<V>;
   const V one = A::splat(1.0), half = A::splat(0.5), zero = A::splat(0.0);
-  const V chord = d / (one + g);
-  const V positive = A::log(one + A::select(d < zero, zero, d) / g);
+  const V chord = A::quotient(d, one + g);
+  const V positive = A::log(one + A::quotient(A::select(d < zero, zero, d), g));
   const V far = A::select(d < zero, d + g, positive);
   V y = A::select(far < chord, far, chord);
   for (int step = 0; step < steps; ++step) {
@@ -103,7 +103,7 @@ REFINE_EXT_INLINE V lambert_root(V g, V d, int steps) {
     const V value = y + g * em1 - d;
     const V curvature = g * e;
     const V slope = one + curvature;
-    y = y - value / (slope - half * value * curvature / slope);
+    y = y - A::quotient(value, slope - A::quotient(half * value * curvature, slope));
   }
   return y;
 }
@@ -139,24 +139,23 @@ struct RatioEvaluator {
       point.conjugate = point.ratio - one;
     } else if constexpr (kForm == Form::reciprocal) {
       const V v = base + slope * d;
-      point.ratio = A::select(v < zero, not_a_number, one / v);
+      point.ratio = A::select(v < zero, not_a_number, A::reciprocal(v));
       point.log_ratio = zero - A::log(v);
       point.moment = point.ratio * point.ratio;
       point.conjugate = point.log_ratio;
     } else if constexpr (kForm == Form::inverse_square) {
       const V v = base + slope * d;
-      const V root = A::select(v < zero, not_a_number, one / v);
+      const V root = A::select(v < zero, not_a_number, A::reciprocal(v));
       point.ratio = root * root;
       point.log_ratio = A::splat(-2.0) * A::log(v);
       point.moment = point.ratio * root;
       point.conjugate = conjugate_scale * (root - one);
     } else if constexpr (kForm == Form::inverse_sqrt) {
       const V v = base + slope * d;
-      const V root = A::sqrt(v);
-      point.ratio = one / root;
+      point.ratio = A::inverse_sqrt(v);
       point.log_ratio = A::splat(-0.5) * A::log(v);
       point.moment = point.ratio * point.ratio * point.ratio;
-      point.conjugate = conjugate_scale * (root - one);
+      point.conjugate = conjugate_scale * (A::sqrt(v) - one);
     } else if constexpr (kForm == Form::linear) {
       const V v = base + slope * d;
       point.ratio = A::select(v < zero, zero, v);
@@ -175,7 +174,7 @@ struct RatioEvaluator {
       V q, minus_one_plus_q;
       A::exp_and_expm1(zero - d, q, minus_one_plus_q);
       const V denominator = base - minus_one_plus_q;
-      const V inverse = A::select(denominator < zero, not_a_number, one / denominator);
+      const V inverse = A::select(denominator < zero, not_a_number, A::reciprocal(denominator));
       point.ratio = q * inverse;
       point.log_ratio = (zero - d) - A::log(denominator);
       point.moment = point.ratio * inverse;
@@ -189,7 +188,7 @@ struct RatioEvaluator {
       const V y = lambert_root(base, A::select(d > far, far, d), kLambertSteps);
       point.log_ratio = A::select(d > far, zero - A::log(d), log_max - y);
       point.ratio = A::exp(point.log_ratio);
-      point.moment = point.ratio * point.ratio / (one + point.ratio);
+      point.moment = A::quotient(point.ratio * point.ratio, one + point.ratio);
       point.conjugate = (point.ratio - one) + point.log_ratio;
     }
     return point;

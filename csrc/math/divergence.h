@@ -135,7 +135,7 @@ REFINE_EXT_INLINE V score_factor(const Family& family, V x) {
     case Form::logistic:
       return one + A::exp(x);
     case Form::lambert:
-      return one / (one + A::exp(A::splat(0.0) - x));
+      return A::reciprocal(one + A::exp(A::splat(0.0) - x));
     case Form::exponential:
       return one;
     default:
@@ -150,7 +150,7 @@ REFINE_EXT_INLINE V dual_slope(const Family& family, V x) {
   const V one = A::splat(1.0), zero = A::splat(0.0);
   switch (family.form) {
     case Form::logistic:
-      return one / (one + A::exp(x));
+      return A::reciprocal(one + A::exp(x));
     case Form::lambert:
       return one + A::exp(zero - x);
     case Form::exponential:
@@ -187,7 +187,7 @@ REFINE_EXT_INLINE V conjugate_slope(const Family& family, V x) {
   const V one = A::splat(1.0);
   switch (family.form) {
     case Form::logistic:
-      return one / (one + A::exp(A::splat(0.0) - x));
+      return A::reciprocal(one + A::exp(A::splat(0.0) - x));
     case Form::lambert:
       return A::exp(x) + one;
     default:
