@@ -264,7 +264,7 @@ def run_group(gate: Gate, group: str) -> None:
 
 
 @click.command(help=__doc__.replace("\n    benchmarks/", "\n\n    benchmarks/"))
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False), envvar="OUT", default="build/gpu_gate_out")
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False), envvar="OUT", default=ROOT / "build" / "gate")
 @click.option(
     "--only", multiple=True, type=click.Choice([g for g in GROUPS if g not in ALWAYS]), help="Sections to run."
 )

@@ -78,7 +78,7 @@ def density_ratio() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in measured(result):
-        if row["n"] != 10**7 or row["threads"] != 1 or row["variant"] != row["divergence"]:
+        if row["n"] != 10**7 or row["threads"] != 1 or row["variant"] != row.get("divergence"):
             continue
         seconds = {name: t["seconds"] for name, t in row["time"].items()}
         ours = seconds["refine_ext"]
@@ -112,12 +112,15 @@ def resampling() -> str:
             continue
         ours = row["time"]["refine_ext"]["seconds"]
         limit = row["time"].get("limit", {}).get("seconds")
-        name = f"`{method}`" if method != "metropolis" else f"`metropolis`, {row['chains']} × {row['burn_in']} steps"
+        draws, name = row["num"], f"`{method}`"
+        if method == "metropolis":
+            draws *= row["chains"]
+            name += f", {row['chains']:,} × {row['burn_in'] + row['num']:,} steps"
         numpy = "numpy choice" if method == "multinomial" else "numpy"
         own = "torch.multinomial" if method == "multinomial" else "torch"
         others = [_slower(row, other, ours) for other in ("searchsorted", own, numpy)]
         lines.append(
-            f"| {row['num']:,} {name} | {row['n']:,} | {_duration(ours)} | {f'{limit / ours:.0%}' if limit else '–'} | "
+            f"| {draws:,} {name} | {row['n']:,} | {_duration(ours)} | {f'{limit / ours:.0%}' if limit else '–'} | "
             + " | ".join(others)
             + " |"
         )
