@@ -28,6 +28,7 @@ GATE = str(ROOT / "benchmarks" / "gpu_gate.sh")
 
 def run_gate(out: Path, *arguments: str) -> tuple[int, str, dict]:
     environment = {**os.environ, "PYTHON": sys.executable, "REFINE_EXT_COMMIT": "abc1234"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what the small tests do not need takes seconds to load
     done = subprocess.run(
         [GATE, str(out), "--rehearse", *arguments], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -72,10 +73,10 @@ def test_a_time_limit_keeps_the_results_so_far_and_kills_children(tmp_path):
         "    child.wait()\n"
     )
     code, printed, document = run_gate(
-        tmp_path / "out", "--tests", str(tmp_path), "--only", "tests", "--limit", "tests=12"
+        tmp_path / "out", "--tests", str(tmp_path), "--only", "tests", "--limit", "tests=15"
     )
     tests = document["sections"]["tests"]
-    assert code == 1 and tests["status"] == "timeout" and 12 <= tests["seconds"] < 28, printed
+    assert code == 1 and tests["status"] == "timeout" and 15 <= tests["seconds"] < 30, printed
     assert tests["passed"] == 1
     for _ in range(50):
         if not _runs(int(pid.read_text())):
@@ -200,7 +201,7 @@ def test_ledger_of_a_run_whose_sources_stay(run):
     text = ledger.render([run])
     assert cells(text, "scan_kernel") == ["`aaa0001`"] * 3
     assert cells(text, "settle_kernel") == ["`aaa0001`", "`aaa0001`", "never"]
-    assert cells(text, "density_ratio") == ["`aaa0001`"] * 3
+    assert cells(text, "density_ratio") == cells(text, "density_ratio_out") == ["`aaa0001`"] * 3
     assert cells(text, "rejection") == ["`aaa0001`", "`aaa0001`", "never"]
     count = len(run["sources"]["kernels"])
     assert f"{count} of {count} kernels are tested and checked as they are now." in text
