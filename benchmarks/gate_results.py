@@ -138,6 +138,8 @@ def summary_table(document: dict[str, Any]) -> str:
         lines += [f"  {r['op']} {r['variant']}: {r['error'][:160]}" for r in section.get("rows", ()) if "error" in r][
             :8
         ]
+        if "tail" in section and not section.get("failures"):
+            lines += [f"  {line[:160]}" for line in section["tail"].splitlines()[-6:]]
     head = f"{'':58} {'us a call':>9} {'device':>9} {'copy':>5} {'eager x':>7} {'compile':>7}"
     found = sorted(rows(document), key=lambda row: -row["n"])
     body = [_row_line(row) for row in found]
