@@ -233,6 +233,19 @@ def test_a_second_call_completes_the_first_and_the_last_commit_counts(run, tmp_p
     assert cells(ledger.render(runs), "scan_kernel") == ["`aaa0001`", "`bbb0002`", "`bbb0002`"]
 
 
+def test_summary_fits_what_a_caller_sees(run):
+    """However much failed or was measured; the largest sizes stay."""
+    failures = [{"test": "t" * 300, "message": "m" * 500, "text": ""}] * 40
+    for name in ("tests", *gate_results.SANITIZERS):
+        run["sections"][name] |= {"status": "failed", "passed": 0, "failed": 40, "skipped": 0, "failures": failures}
+    run["sections"]["build"] |= {"status": "failed", "tail": "a line\n" * 400 + "error: no such header"}
+    bench = run["sections"]["bench_density_ratio"]
+    bench["rows"] = [row("density_ratio", "kl", 10 + n) for n in range(300)]
+    text = gate_results.summary_table(run)
+    assert len(text) < 12_000 and "error: no such header" in text
+    assert "309" in text and "kl float32 10 " not in text
+
+
 @pytest.mark.parametrize(
     "damage",
     [
