@@ -146,8 +146,8 @@ def gpu() -> str:
         if shown and row.get("num", row["n"]) == row["n"] and row["n"] > largest.get(key, {"n": 0})["n"]:
             largest[key] = row
     lines = [
-        "| op | samples | time | of copy bandwidth | torch eager | torch.compile |",
-        "|---|---|---|---|---|---|",
+        "| op | samples | time | of copy bandwidth | every byte counted once | torch eager | torch.compile |",
+        "|---|---|---|---|---|---|---|",
     ]
     for op, variants in SHOWN_ON_GPU.items():
         for variant in variants:
@@ -157,13 +157,14 @@ def gpu() -> str:
                 eager = next((x for x in ("eager", "searchsorted", "torch") if x in row["time"]), "eager")
                 lines.append(
                     f"| `{op}` {variant} | {row['n']:,} | {_duration(ours)} | {row['copy_fraction']:.0%} | "
+                    f"{row['copy_fraction'] * row['bytes_once'] / row['bytes']:.0%} | "
                     f"{_slower(row, eager, ours)} | {_slower(row, 'compile', ours)} |"
                 )
     card = facts.get("gpu", {})
     lines.append(
         f"\n{card.get('name')}, driver {card.get('driver_version')}, torch {facts['torch']}, commit {facts['commit']}, "
         f"{facts['date']}; float32, inputs beyond the L2. Of copy bandwidth: the bytes of `benchmarks/traffic.py` over "
-        "those of copying as many samples in the same run. How many times longer torch takes."
+        "those of copying as many samples in the same run; then with no sample read twice. How many times longer torch takes."
     )
     lines.append("\n![Bandwidth of every op against a copy](docs/roofline_gpu.png)")
     return "\n".join(lines)

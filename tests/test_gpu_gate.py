@@ -297,7 +297,7 @@ def test_tables_and_plots_of_a_gpu_appear_with_its_results(run, tmp_path, monkey
     assert report.render(text) == text and report.plots() == {}
     (tmp_path / "gate_x.json").write_text(json.dumps(run))
     table = report.gpu()
-    assert "| `density_ratio` kl | 10,000,000 | 40.0 µs | 75% | 10× | – |" in table
+    assert "| `density_ratio` kl | 10,000,000 | 40.0 µs | 75% | 50% | 10× | – |" in table
     assert "`resample` systematic | 10,000,000" in table and "a GPU, driver 580.1" in table
     assert report.render(report.render(text)) == report.render(text) != text
     plot = report.plots()["roofline_gpu"]
