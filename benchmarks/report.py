@@ -164,7 +164,8 @@ def gpu() -> str:
     lines.append(
         f"\n{card.get('name')}, driver {card.get('driver_version')}, torch {facts['torch']}, commit {facts['commit']}, "
         f"{facts['date']}; float32, inputs beyond the L2. Of copy bandwidth: the bytes of `benchmarks/traffic.py` over "
-        "those of copying as many samples in the same run; then with no sample read twice. How many times longer torch takes."
+        "those of copying as many samples in the same run; then with no sample read twice. How many times longer torch "
+        "takes."
     )
     lines.append("\n![Bandwidth of every op against a copy](docs/roofline_gpu.png)")
     return "\n".join(lines)
