@@ -37,7 +37,7 @@ SITE = ROOT / "build" / "gpu_gate"  # the built package: the checkout's own has 
 LIMITS = {"facts": 60, "build": 300, "tests": 180, "sanitizer": 150, "benchmarks": 140, "kernels": 60}
 LOG_BYTES = 2**20  # of each section's output, the end
 WORKERS = 6
-REHEARSED_TESTS = "tests/test_philox.py"
+REHEARSED_TESTS = "tests/test_divergence.py"
 NOT_ON_A_DEVICE = {"bench_demo"}
 
 # A finding of compute-sanitizer, and the line below it that says in which kernel.
