@@ -122,25 +122,28 @@ def _row_line(row: dict[str, Any]) -> str:
     return text
 
 
+def _section_lines(name: str, section: dict[str, Any]) -> list[str]:
+    """A section's status, and what explains one that did not pass, a few lines at most."""
+    notes = [section.get("reason", ""), section.get("summary", "")]
+    if "passed" in section:
+        notes.append(f"{section['passed']} passed, {section['failed']} failed, {section['skipped']} skipped")
+    broken = [row for row in section.get("rows", ()) if "error" in row]
+    if broken:
+        notes.append(f"{len(broken)} rows failed")
+    details = [f"{failure['test'][:100]}: {failure['message']}" for failure in section.get("failures", ())]
+    details += [f"{row['op']} {row['variant']}: {row['error']}" for row in broken]
+    details = details[:5] or section.get("tail", "").splitlines()[-5:]
+    first = f"{name:24} {section['status']:14} {section['seconds']:7.1f}  {'; '.join(filter(None, notes))}"
+    return [first, *(f"  {detail[:200]}" for detail in details)]
+
+
 def summary_table(document: dict[str, Any]) -> str:
     """What to read first: sections, failures, then the largest sizes' rows as far as they fit."""
     lines = ["", f"{'section':24} {'status':14} {'seconds':>7}"]
     for name, section in document["sections"].items():
-        notes = [section.get("reason", ""), section.get("summary", "")]
-        if "passed" in section:
-            notes.append(f"{section['passed']} passed, {section['failed']} failed, {section['skipped']} skipped")
-        if errors := sum("error" in row for row in section.get("rows", ())):
-            notes.append(f"{errors} rows failed")
-        lines.append(f"{name:24} {section['status']:14} {section['seconds']:7.1f}  {'; '.join(filter(None, notes))}")
-        lines += [
-            f"  {failure['test'][:100]}: {failure['message'][:160]}" for failure in section.get("failures", ())[:8]
-        ]
-        lines += [f"  {r['op']} {r['variant']}: {r['error'][:160]}" for r in section.get("rows", ()) if "error" in r][
-            :8
-        ]
+        lines += _section_lines(name, section)
     head = f"{'':58} {'us a call':>9} {'device':>9} {'copy':>5} {'eager x':>7} {'compile':>7}"
-    found = sorted(rows(document), key=lambda row: -row["n"])
-    body = [_row_line(row) for row in found]
+    body = [_row_line(row) for row in sorted(rows(document), key=lambda row: -row["n"])]
     room = MOST_CHARACTERS - sum(len(line) + 1 for line in (*lines, head))
     while body and sum(len(line) + 1 for line in body) > room:
         body.pop()

@@ -37,7 +37,7 @@ SITE = ROOT / "build" / "gpu_gate"  # the built package: the checkout's own has 
 LIMITS = {"facts": 60, "build": 300, "tests": 180, "sanitizer": 150, "benchmarks": 140, "kernels": 60}
 LOG_BYTES = 2**20  # of each section's output, the end
 WORKERS = 6
-REHEARSED_TESTS = "tests/test_philox.py"
+REHEARSED_TESTS = "tests/test_divergence.py"
 NOT_ON_A_DEVICE = {"bench_demo"}
 
 # A finding of compute-sanitizer, and the line below it that says in which kernel.
@@ -264,7 +264,7 @@ def run_group(gate: Gate, group: str) -> None:
 
 
 @click.command(help=__doc__.replace("\n    benchmarks/", "\n\n    benchmarks/"))
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False), envvar="OUT", default="build/gpu_gate_out")
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False), envvar="OUT", default=ROOT / "build" / "gate")
 @click.option(
     "--only", multiple=True, type=click.Choice([g for g in GROUPS if g not in ALWAYS]), help="Sections to run."
 )

@@ -23,8 +23,8 @@ class Recorder:
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
         if report.outcome == "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
-            line["message"] = str(crash.message if crash else "")[:500]
             line["text"] = report.longreprtext[-_CHARACTERS:]
+            line["message"] = str(crash.message if crash else line["text"].strip().rpartition("\n")[2])[:500]
         elif report.outcome == "skipped":
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
             line["reason"] = str(reason).removeprefix("Skipped: ")[:200]

@@ -78,7 +78,7 @@ def density_ratio() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in measured(result):
-        if row["n"] != 10**7 or row["threads"] != 1 or row["variant"] != row["divergence"]:
+        if row["n"] != 10**7 or row["threads"] != 1 or row["variant"] != row.get("divergence"):
             continue
         seconds = {name: t["seconds"] for name, t in row["time"].items()}
         ours = seconds["refine_ext"]
@@ -112,12 +112,15 @@ def resampling() -> str:
             continue
         ours = row["time"]["refine_ext"]["seconds"]
         limit = row["time"].get("limit", {}).get("seconds")
-        name = f"`{method}`" if method != "metropolis" else f"`metropolis`, {row['chains']} × {row['burn_in']} steps"
+        draws, name = row["num"], f"`{method}`"
+        if method == "metropolis":
+            draws *= row["chains"]
+            name += f", {row['chains']:,} × {row['burn_in'] + row['num']:,} steps"
         numpy = "numpy choice" if method == "multinomial" else "numpy"
         own = "torch.multinomial" if method == "multinomial" else "torch"
         others = [_slower(row, other, ours) for other in ("searchsorted", own, numpy)]
         lines.append(
-            f"| {row['num']:,} {name} | {row['n']:,} | {_duration(ours)} | {f'{limit / ours:.0%}' if limit else '–'} | "
+            f"| {draws:,} {name} | {row['n']:,} | {_duration(ours)} | {f'{limit / ours:.0%}' if limit else '–'} | "
             + " | ".join(others)
             + " |"
         )
@@ -143,8 +146,8 @@ def gpu() -> str:
         if shown and row.get("num", row["n"]) == row["n"] and row["n"] > largest.get(key, {"n": 0})["n"]:
             largest[key] = row
     lines = [
-        "| op | samples | time | of copy bandwidth | torch eager | torch.compile |",
-        "|---|---|---|---|---|---|",
+        "| op | samples | time | of copy bandwidth | every byte counted once | torch eager | torch.compile |",
+        "|---|---|---|---|---|---|---|",
     ]
     for op, variants in SHOWN_ON_GPU.items():
         for variant in variants:
@@ -154,13 +157,15 @@ def gpu() -> str:
                 eager = next((x for x in ("eager", "searchsorted", "torch") if x in row["time"]), "eager")
                 lines.append(
                     f"| `{op}` {variant} | {row['n']:,} | {_duration(ours)} | {row['copy_fraction']:.0%} | "
+                    f"{row['copy_fraction'] * row['bytes_once'] / row['bytes']:.0%} | "
                     f"{_slower(row, eager, ours)} | {_slower(row, 'compile', ours)} |"
                 )
     card = facts.get("gpu", {})
     lines.append(
         f"\n{card.get('name')}, driver {card.get('driver_version')}, torch {facts['torch']}, commit {facts['commit']}, "
         f"{facts['date']}; float32, inputs beyond the L2. Of copy bandwidth: the bytes of `benchmarks/traffic.py` over "
-        "those of copying as many samples in the same run. How many times longer torch takes."
+        "those of copying as many samples in the same run; then with no sample read twice. How many times longer torch "
+        "takes."
     )
     lines.append("\n![Bandwidth of every op against a copy](docs/roofline_gpu.png)")
     return "\n".join(lines)

@@ -131,20 +131,32 @@ def test_a_failing_contender_costs_its_own_time_only(on_cpu):
         common.measure(case, "cuda")
 
 
-def test_interleaved_counts_calls_and_turns():
-    """Medians per call: a run of ten calls is not ten times slower than a run of one."""
+def test_interleaved_counts_calls_and_turns(monkeypatch):
+    """On a clock that only contenders move: medians are per call, one call in a turn's beginning is not timed."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    runs = dict.fromkeys(("one", "ten", "slow", "cold"), 0)
 
-    def busy(seconds):
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
+    def contender(name, seconds):
+        def run():
+            runs[name] += 1
+            # Every first call after another contender's costs more, as cold caches do.
+            now[0] += seconds * (5 if name == "cold" and last[0] != name else 1)
+            last[0] = name
 
-    timed = timing.interleaved({"one": lambda: busy(1e-3), "ten": lambda: busy(1e-2)}, calls={"ten": 10}, repeats=5)
-    assert timed["ten"]["turns"] == 5
-    assert timed["one"]["seconds"] == pytest.approx(1e-3, rel=0.5)
-    assert timed["ten"]["seconds"] == pytest.approx(1e-3, rel=0.5)
-    slow = timing.interleaved({"slow": lambda: busy(0.05)}, budget=0.1)
-    assert slow["slow"]["turns"] == 1
+        return run
+
+    last = [""]
+    contenders = {"one": contender("one", 1e-3), "ten": contender("ten", 5e-3), "slow": contender("slow", 2.0)}
+    contenders["cold"] = contender("cold", 1e-3)
+    timed = timing.interleaved(contenders, calls={"ten": 10}, repeats=5, budget=10.0)
+    assert timed["one"]["seconds"] == pytest.approx(1e-3) and timed["one"]["turns"] == 5
+    assert timed["ten"]["seconds"] == pytest.approx(5e-4) and timed["ten"]["turns"] == 5
+    assert timed["cold"]["seconds"] == pytest.approx(1e-3)
+    assert timed["slow"] == pytest.approx({"seconds": 2.0, "low": 2.0, "high": 2.0, "turns": 1})
+    assert runs["slow"] == 2
+    timing.interleaved({"tiny": contender("one", 1e-6)}, repeats=1)
+    assert runs["one"] >= 200  # a turn of 0.2 ms
 
 
 def test_rotating_takes_the_sets_in_turn():
