@@ -186,6 +186,8 @@ def test_this_installation_says_what_was_built():
     library = Path(refine_ext.__file__).with_name("librefine_ext_cuda.so")
     if build["cuda"]:
         assert library.exists() and build["cuda_architectures"] and not build["cuda_absent"]
+        # A release, with its seven architectures and PTX, stays within 100 MB.
+        assert library.stat().st_size / len(build["cuda_architectures"]) * 8 < 100e6
     else:
         assert build["cuda_absent"] and not build["cuda_architectures"]
 
