@@ -84,11 +84,16 @@ def require_device(function: str, argument: str, tensor: torch.Tensor) -> None:
 
 
 def usable_device(function: str, device: str | torch.device) -> torch.device:
-    """The device that the caller named; raises where it is CUDA and CUDA cannot be used, saying why."""
-    device = torch.device(device)
-    if device.type == "cuda" and (problem := _problem(device.index)):
-        raise ValueError(f"{function}: device is {device}, but CUDA cannot be used: {problem}. device='cpu' works")
-    return device
+    """The device that the caller named; raises where nothing can run on it, saying why."""
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
+        raise ValueError(f"{function}: device is {str(device)!r}; supported devices are cpu and cuda")
+    if where.type == "cuda" and (problem := _problem(where.index)):
+        raise ValueError(f"{function}: device is {where}, but CUDA cannot be used: {problem}. device='cpu' works")
+    return where
 
 
 @functools.cache

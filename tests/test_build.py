@@ -42,7 +42,7 @@ def script(tmp_path: Path, body: str, path: str | None = None, **environment: st
 
 def problem(tmp_path: Path, path: str, architectures: str = "80;90", **environment: str) -> str:
     """What refine_ext_find_nvcc finds wrong."""
-    body = f'refine_ext_find_nvcc(found "{architectures}")\nmessage("problem: ${{found}}.")'
+    body = f'refine_ext_find_nvcc(nvcc found "{architectures}")\nmessage("problem: ${{found}}.")'
     done = script(tmp_path, body, path, **environment)
     assert done.returncode == 0, done.stderr
     return re.search(r"^problem: (.*)\.$", done.stderr, re.M).group(1)
@@ -154,6 +154,10 @@ def test_automatic_builds_for_the_cpu_with_a_warning_that_names_the_fault(tmp_pa
     header = (tmp_path / "build" / "build_info.h").read_text()
     assert f'REFINE_EXT_CUDA_ABSENT R"absent({fault})absent"' in header
     assert re.search(r"#define CUDA_BUILT 0", header)
+    # The next configuration looks again.
+    fake_nvcc(tmp_path / "bin", "12.0")
+    status, words = configure(tmp_path, path=nvcc.parent)
+    assert status == 0 and "building for the CPU only" in words and "is of CUDA 12.0" in words
 
 
 def line_of(text: str) -> int:
@@ -182,6 +186,8 @@ def test_this_installation_says_what_was_built():
     library = Path(refine_ext.__file__).with_name("librefine_ext_cuda.so")
     if build["cuda"]:
         assert library.exists() and build["cuda_architectures"] and not build["cuda_absent"]
+        # A release, with its seven architectures and PTX, stays within 100 MB.
+        assert library.stat().st_size / len(build["cuda_architectures"]) * 8 < 100e6
     else:
         assert build["cuda_absent"] and not build["cuda_architectures"]
 

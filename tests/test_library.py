@@ -257,6 +257,12 @@ def test_a_named_device_that_cannot_be_used_says_so(machine):
         rx.Discriminator.load("none.safetensors", device="cuda:1")
 
 
+@pytest.mark.parametrize("device", ["meta", "xpu", "banana", "cuda:-2"])
+def test_a_name_that_is_no_device_of_ours(device):
+    with pytest.raises(ValueError, match=rf"^fit: device is '{device}'; supported devices are cpu and cuda$"):
+        _library.usable_device("fit", device)
+
+
 def test_the_driver_is_asked_by_its_own_interface(monkeypatch):
     class Driver:
         def __init__(self, status, number):

@@ -146,3 +146,23 @@ def test_doctor(facts, diagnosis, installed):
     assert diagnosis["cuda_status"] in run(installed / "refine-ext", "doctor", cwd=installed)
     if not facts["available"]:
         assert diagnosis["cuda_devices"] == []
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("version", [12040, 13000])
+def test_the_driver_decides_whether_the_kernels_are_loaded(installed, facts, diagnosis, tmp_path, version):
+    """A library in the driver's place that knows its version and no more."""
+    if not facts["loaded"] or facts["available"] or not diagnosis["build"]["cuda_version"].startswith("13"):
+        pytest.skip("needs a CUDA torch, CUDA 13 kernels and no GPU")
+    source = tmp_path / "driver.c"
+    source.write_text(f"int cuDriverGetVersion(int* version) {{ *version = {version}; return 0; }}")
+    run("cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    answer = json.loads(run(installed / "refine-ext", "doctor", "--json", cwd=installed, env=environment))
+    assert answer["cuda_driver"] == f"{version // 1000}.{version % 1000 // 10}"
+    assert answer["cuda_loaded"] is (version == 13000)
+    if version == 12040:
+        needs = "this build of refine-ext needs 13.0 (driver 580 or newer)"
+        assert answer["cuda_status"] == f"the driver supports CUDA 12.4, {needs}"
+    else:
+        assert answer["cuda_status"].startswith("loaded, but torch finds no device")
