@@ -63,6 +63,8 @@ def test_eight_threads_at_once(device: str):
     """Each on its own inputs and, on a GPU, its own stream: scratch memory and state must not be shared."""
     cases = CASES[:: 1 if device == "cuda" else 4]
     want = [[case.run(*case.make(device, seed)) for case in cases] for seed in range(8)]
+    if device == "cuda":
+        torch.cuda.synchronize()
     errors: list[BaseException] = []
     start = threading.Barrier(8, timeout=300)
 
