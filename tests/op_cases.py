@@ -213,3 +213,14 @@ def assert_same(got: Iterable[Tensor], want: Iterable[Tensor], name: str) -> Non
     """Bit for bit."""
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.dtype == b.dtype and torch.equal(a, b), f"{name}: result {i} differs"
+
+
+def near(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    """Whole numbers equal; others within the tolerance of the largest value."""
+    if not want.is_floating_point():
+        return torch.equal(got, want)
+    got, want = got.double(), want.double()
+    finite = want.isfinite()
+    if not torch.equal(got[~finite], want[~finite]):
+        return False
+    return bool((got - want)[finite].abs().max() <= tolerance * want[finite].abs().max()) if finite.any() else True
