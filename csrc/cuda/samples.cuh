@@ -128,7 +128,9 @@ __device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* ou
   for (; left >= kAhead; left -= kAhead) {
     C x[kAhead * kWidth][kInputs], y[kAhead * kWidth];
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) from[k] += kAhead * team.stride;
+    for (int k = 0; k < kInputs; ++k) {
+      if (given(k)) from[k] += kAhead * team.stride;
+    }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       unpack(u, x + u * kWidth);
