@@ -113,7 +113,7 @@ class Budget:
                 values = {(): values[next(iter(values))], **values}
             for words in list(values)[1:]:
                 fewer = {other: value for other, value in values.items() if other != words}
-                if all(_fitting(values, kernel) == _fitting(fewer, kernel) for kernel in compiled):
+                if all(_stands_for(key, _fitting(fewer, k), _fitting(values, k)) for k in compiled):
                     values = fewer
             unit = "%" if key == "occupancy" else ""
             texts = [" ".join([*words, f"{value:g}{unit}"]) for words, value in values.items()]
@@ -133,6 +133,13 @@ class Budget:
 
 def _fitting(values: dict[tuple[str, ...], float], kernel: Kernel) -> float:
     return [value for words, value in values.items() if set(words) <= set(kernel.words)][-1]
+
+
+def _stands_for(key: str, limit: float, exception: float) -> bool:
+    """Whether a limit is tight enough for kernels that have the exception's value."""
+    if key == "instructions/sample":
+        return exception <= limit <= (1 + SLACK) * exception
+    return limit == exception
 
 
 def write() -> None:

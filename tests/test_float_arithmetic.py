@@ -1,6 +1,6 @@
-"""The float32 functions that only the CUDA kernels use, against float64, to the bounds stated in csrc/math/arithmetic.h.
+"""The float32 functions that only the CUDA kernels use, against float64, to the bounds in csrc/math/arithmetic.h.
 
-The host takes the errors of the GPU's approximate instructions to their limit, so that the bounds are for the worst GPU.
+The host takes the errors of the GPU's approximate instructions to their limit: the bounds are for the worst GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // How a block walks over the samples of a row: packs of 16 bytes, the next ones on their way while these are
-// computed. Single samples where the row's ends are not aligned, and everywhere if its inputs and output are
-// not misaligned alike. The formulas come as an `op`:
+// computed. Single samples where the row's ends are not aligned, and everywhere if its inputs are not
+// misaligned alike. The formulas come as an `op`:
 //
 //   void op.run(const C (&x)[N][kInputs], C (&y)[N])   takes N samples at a time, or
 //   C op.sample(const C* x)                            one; the result is written if there is an output
@@ -68,7 +68,8 @@ __device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* ou
   const int64_t misaligned = static_cast<int64_t>((reinterpret_cast<uintptr_t>(in[0]) % 16) / sizeof(T));
   const int64_t before = misaligned == 0 ? 0 : kWidth - misaligned;
   const int64_t head = before < n ? before : n;
-  bool packed = !kWrite || is_aligned(out + head);
+  [[maybe_unused]] const bool out_aligned = kWrite && is_aligned(out + head);
+  bool packed = true;
 #pragma unroll
   for (int k = 0; k < kInputs; ++k) packed = packed && (!given(k) || is_aligned(in[k] + head));
   const int64_t packs = packed ? (n - head) / kWidth : 0, inside = packs * kWidth;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* ou
   for (int k = 0; k < kInputs; ++k) {
     from[k] = given(k) ? reinterpret_cast<const uint4*>(in[k] + head) + team.first : nullptr;
   }
-  [[maybe_unused]] uint4* to = kWrite ? reinterpret_cast<uint4*>(out + head) + team.first : nullptr;
+  [[maybe_unused]] T* to = kWrite ? out + head + team.first * kWidth : nullptr;
   uint4 next[kAhead][kInputs];
   const auto fetch = [&](int u) {
 #pragma unroll
@@ -119,16 +120,16 @@ __device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* ou
       T lanes[kWidth];
 #pragma unroll
       for (int lane = 0; lane < kWidth; ++lane) narrow(y[lane], lanes[lane]);
-      uint4 pack;
-      memcpy(&pack, lanes, sizeof(pack));
-      to[u * team.stride] = pack;
+      store_pack(to + u * team.stride * kWidth, out_aligned, lanes);
     }
   };
 #pragma unroll 1
   for (; left >= kAhead; left -= kAhead) {
     C x[kAhead * kWidth][kInputs], y[kAhead * kWidth];
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) from[k] += kAhead * team.stride;
+    for (int k = 0; k < kInputs; ++k) {
+      if (given(k)) from[k] += kAhead * team.stride;
+    }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       unpack(u, x + u * kWidth);
@@ -137,7 +138,7 @@ __device__ __forceinline__ void for_samples(const T* const (&in)[kInputs], T* ou
     run(op, x, y);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) store(u, y + u * kWidth);
-    if constexpr (kWrite) to += kAhead * team.stride;
+    if constexpr (kWrite) to += kAhead * team.stride * kWidth;
     op.flush();
   }
 #pragma unroll

@@ -81,4 +81,17 @@ __device__ __forceinline__ bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+template <class T>
+__device__ __forceinline__ void store_pack(T* p, bool aligned, const T (&lanes)[kLanes<T>]) {
+  // By intrinsic: as plain code the two branches are merged into one of small accesses.
+  if (aligned) {
+    uint4 pack;
+    memcpy(&pack, lanes, sizeof(pack));
+    __stwb(reinterpret_cast<uint4*>(p), pack);
+    return;
+  }
+#pragma unroll
+  for (int lane = 0; lane < kLanes<T>; ++lane) p[lane] = lanes[lane];
+}
+
 }  // namespace refine_ext::cuda

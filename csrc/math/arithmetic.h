@@ -64,8 +64,9 @@ struct Arithmetic<float> {
   static REFINE_EXT_INLINE float select(Mask mask, float yes, float no) { return mask ? yes : no; }
   static REFINE_EXT_INLINE float exp(float x) { return ::expf(x); }
   static REFINE_EXT_INLINE float expm1(float x) { return ::expm1f(x); }
-  // A few instructions around those of the GPU's special unit, which count subnormals as zero. Errors:
-  // reciprocal, sqrt and inverse_sqrt 1 ulp; log 2^-22 of an argument between 1/2 and 2, else 2 ulp.
+  // Each is an instruction or two on the GPU's special unit, which takes subnormals for zero. Errors:
+  // reciprocal, sqrt and inverse_sqrt 1 ulp; log 2^-22 of an argument between 1/2 and 2, elsewhere 2^-22 of
+  // the logarithm.
   static REFINE_EXT_INLINE float sqrt(float x) {
 #if defined(__CUDA_ARCH__)
     asm("sqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
