@@ -36,6 +36,7 @@ def chain(log_ratio, num, burn_in, thin, seed, c, initial=None, given=False):
     return drawn, accepted / max(1, steps - (initial is None))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("initial", [None, -1.0, 40.0])
 @pytest.mark.parametrize("given", [False, True])
@@ -145,6 +146,7 @@ def test_an_infinite_start_is_refused():
         rx.metropolis(torch.zeros(3), 2, initial=math.inf)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_data(bad, kernels):
     """An error on the CPU; on CUDA, where it would wait for the device, the chains stay at their first index."""

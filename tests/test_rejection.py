@@ -36,6 +36,7 @@ def decisions(log_ratio, bound, gamma, epsilon, seed, offset=0, row=0):
     return keep
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gamma", [None, 0.0, 2.5, -3.0])
 def test_equals_the_definition(gamma, dtype):
@@ -161,6 +162,7 @@ def test_infinite_numbers_are_refused(arguments, text):
     assert str(caught.value) == f"rejection: {text}"
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_data(bad, kernels):
     """An error on the CPU; on CUDA, where it would wait for the device, that row keeps nothing."""

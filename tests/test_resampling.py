@@ -83,6 +83,7 @@ def test_equals_rational_arithmetic(method, log):
         assert rx.resample(values, num, method, seed=8, log=log).tolist() == expected
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_storage_types_draw_alike(dtype, method):
@@ -301,6 +302,7 @@ def test_errors(arguments, error, text):
     assert message.startswith("resample: ") and text in message and "\n" not in message
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("at", "bad", "log", "text"),

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the host, for tests: the very same .cuh files, compiled by a host compiler and its
 // sanitizers. Each CUDA thread is a fiber; the fibers of a block take turns on one OS thread and blocks run
 // one after another, so a run is deterministic. What a GPU would leave undefined is reported: barriers that
-// not every thread reaches and shuffles across lanes that are not there by an exception of the launch, and, by
-// the sanitizers, accesses out of bounds or out of order.
+// not every thread reaches and shuffles across lanes that are not there by an exception of the launch, and,
+// by the sanitizers, accesses out of bounds or out of order.
 //
 // Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up
 // shuffles, static shared memory (REFINE_EXT_SHARED), 16-byte packs.
@@ -52,7 +52,8 @@ const unsigned char* exchange(const void* value, size_t bytes, const char* file,
 // Runs `body`, which calls `kernel`, once for every thread of every block. The order of the blocks, and of a
 // block's threads, follows CUDA_ON_CPU_ORDER: forward, reverse or shuffled. The kernel is remembered as
 // launched (cuda_on_cpu_write_launched in runtime.cpp).
-void run(const char* name, const void* kernel, int64_t blocks, int threads, const std::function<void()>& body);
+void run(const char* name, const void* kernel, int64_t blocks, int threads,
+         const std::function<void()>& body);
 int multiprocessors();  // CUDA_ON_CPU_MULTIPROCESSORS, 2 unless told
 
 float half_to_float(uint16_t bits);

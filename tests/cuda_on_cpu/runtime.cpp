@@ -185,8 +185,8 @@ void yield() {
     for (int i : turn) {
       const Fiber& other = block->fibers[i];
       if (other.waits_at != current->waits_at) {
-        failure += "; thread " + std::to_string(other.position.thread.x) + " waits at " + other.waits_in + ":" +
-                   std::to_string(other.waits_at);
+        failure += "; thread " + std::to_string(other.position.thread.x) + " waits at " + other.waits_in +
+                   ":" + std::to_string(other.waits_at);
       }
     }
     die("deadlock: not every thread reaches this barrier or shuffle", current->waits_in, current->waits_at);
@@ -344,7 +344,8 @@ const unsigned char* exchange(const void* value, size_t bytes, const char* file,
   return warp.slots[parity][0];
 }
 
-void run(const char* name, const void* function, int64_t blocks, int threads, const std::function<void()>& body) {
+void run(const char* name, const void* function, int64_t blocks, int threads,
+         const std::function<void()>& body) {
   const std::lock_guard<std::mutex> alone(one_launch);
   if (threads % kLanes != 0 || threads > kMaxBlock || threads <= 0) die("unusable block size", name, threads);
   if (blocks > 0) launched.insert(function);
