@@ -73,9 +73,10 @@ struct BackwardSumsPass : Pass {
   __device__ __forceinline__ C sample(const C* x) {
     const C c = factor_at<kForm>(family, x[1]), ratio = Arithmetic<C>::exp(x[1]);
     const C share = ratio == C(0) ? C(0) : ratio * c;
-    // A clipped or excluded sample passes nothing on, whatever its upstream gradient (inf * 0).
+    // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither does one of
+    // weight zero outside the domain, whose log r is NaN, unless it is asked for.
     part_slope += x[2] > C(0) ? share * x[2] : C(0);
-    part_through += c == C(0) ? C(0) : c * x[0];
+    part_through += c == C(0) || x[0] == C(0) ? C(0) : c * x[0];
     return share;
   }
   __device__ __forceinline__ void flush() {
@@ -91,8 +92,9 @@ struct BackwardPass : Pass {
   C through_ratio;
   __device__ __forceinline__ C sample(const C* x) {
     const C c = factor_at<kForm>(family, x[1]);
-    const C share = Arithmetic<C>::exp(x[1]) * through_ratio * x[2];
-    return c == C(0) ? C(0) : c * (x[0] + share);
+    const C share = x[2] > C(0) ? Arithmetic<C>::exp(x[1]) * through_ratio * x[2] : C(0);
+    const C total = x[0] + share;
+    return c == C(0) || total == C(0) ? C(0) : c * total;
   }
 };
 

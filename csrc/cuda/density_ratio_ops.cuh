@@ -258,7 +258,7 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
     const C d =
         (static_cast<C>(state.anchor.high) - static_cast<C>(scan.maximum)) + static_cast<C>(state.anchor.low);
     const C ratio = RatioEvaluator<kForm, C>(family, state.anchor)(d).ratio;
-    valid = valid && is_finite(static_cast<double>(ratio));
+    valid = valid && ratio == ratio;
     state.status = Status::settled;
   } else {
     state.anchor = solved_anchor(family, scan.maximum, state.search.log_max);
@@ -268,9 +268,12 @@ __device__ __forceinline__ RowState begin_row(const RowProblem& problem, int64_t
   return state;
 }
 
+inline constexpr double kLargestLogCount = 30.0;  // of 10^13 samples, more than any device holds
+
 // One step of the search from the sums at state.anchor. Newton's error is quadratic near the root, the
 // steeper the larger c is, so that a step from an error e is taken on trust once e^2 (1 + c^2) is far below
-// the tolerance.
+// the tolerance. Not so where L is beyond any log n: base weights have brought it there, and a few light
+// samples with huge ratios hold the mass.
 template <Form kForm>
 __device__ __forceinline__ void advance(RowState& state, Family family, double ratio, double moment,
                                         double tolerance) {
@@ -291,7 +294,8 @@ __device__ __forceinline__ void advance(RowState& state, Family family, double r
     return;
   }
   state.anchor = solved_anchor(family, state.maximum, state.search.log_max);
-  if (error * error * (1.0 + family.c * family.c) <= 0.1 * tolerance) state.status = Status::settled;
+  const bool trusted = error * error * (1.0 + family.c * family.c) <= 0.1 * tolerance;
+  if (trusted && state.anchor.log_max <= kLargestLogCount) state.status = Status::settled;
 }
 
 __device__ __forceinline__ RatioStats invalid_stats() {
@@ -301,7 +305,7 @@ __device__ __forceinline__ RatioStats invalid_stats() {
 
 __device__ __forceinline__ RatioStats finish_row(const RowState& state, const Family& family, bool fixed,
                                                  double ratio, double square, double largest) {
-  if (state.status != Status::settled || !is_finite(ratio)) return invalid_stats();
+  if (state.status != Status::settled || ratio != ratio) return invalid_stats();
   if (family.form == Form::exponential) return state.stats;
   const double shift = fixed ? state.shift : state.maximum - dual_output(family, state.search.log_max);
   return {shift,
