@@ -57,9 +57,19 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "cuda_on_cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+# Which kernels the ops run: the CPU's; CUDA's through the CUDA ops, on the CPU (cuda_on_cpu/); CUDA's on a GPU.
+KERNELS = {"cpu": "cpu", "cuda_on_cpu": "cuda_on_cpu", "cuda": pytest.param("cuda", marks=pytest.mark.cuda)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernels" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("kernels")
+        metafunc.parametrize("kernels", [KERNELS[k] for k in (only.args if only else KERNELS)], indirect=True)
+
+
+@pytest.fixture
 def kernels(request):
-    """Which kernels the ops run: the CPU's; CUDA's through the CUDA ops, on the CPU (cuda_on_cpu/); CUDA's on a GPU."""
+    """A test that takes this, or `device`, runs once for each of KERNELS, or for those that its mark names."""
     if request.param != "cuda_on_cpu":
         yield request.param
         return
@@ -71,10 +81,34 @@ def kernels(request):
 
 @pytest.fixture
 def device(kernels):
-    """The device that a test's tensors are made on, by default too: the same test runs for every kind of kernels."""
-    device = torch.device("cuda" if kernels == "cuda" else "cpu")
-    with device:
+    """The device that a test's tensors are made on, by default too."""
+    if kernels != "cuda":
+        yield torch.device("cpu")
+        return
+    with torch.device("cuda") as device:
         yield device
+
+
+# How far results may be apart that differ in the order of their sums: a rounding of what is stored, or what the search
+# for the shift leaves open.
+SAME = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+@pytest.fixture
+def assert_same(kernels):
+    """Compares results that should not depend on layout or company, with infinities and NaN in the same places.
+
+    Bit for bit on the CPU. The CUDA kernels' sums are in a fixed order too, but which one depends on the row's
+    alignment and on the number of rows.
+    """
+
+    def compare(got: torch.Tensor, want: torch.Tensor, what: object = "") -> None:
+        allowed = 0.0 if kernels == "cpu" else SAME.get(want.dtype, 0.0)
+        torch.testing.assert_close(
+            got, want, rtol=allowed, atol=allowed, equal_nan=True, msg=lambda text: f"{what}: {text}"
+        )
+
+    return compare
 
 
 @pytest.fixture

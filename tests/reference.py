@@ -213,5 +213,16 @@ def outputs(name: str, shape, dtype=torch.float64, scale: float = 1.0, generator
     return draws.to(dtype)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Random numbers for tensors on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def on_device(arguments: dict) -> dict:
+    """A test's parameters, which are made when the tests are collected, on the default device."""
+    device = torch.get_default_device()
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
 def numpy_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy().astype(np.longdouble)
+    return tensor.detach().double().cpu().numpy().astype(np.longdouble)

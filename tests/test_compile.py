@@ -68,6 +68,7 @@ def test_opcheck_bounds(name):
         opcheck(ops.dual_slope.default, (torch.randn(2, 5, dtype=dtype), logits[0], conjugate, *code))
 
 
+@pytest.mark.kernels("cpu")
 def test_every_density_ratio_op_is_checked_here():
     """A new op of this family must come with its opcheck."""
     names = {
@@ -127,14 +128,14 @@ def test_compiled_training_step(name):
         torch.testing.assert_close(one, other)
 
 
-def test_compiled_under_autocast():
+def test_compiled_under_autocast(device):
     torch._dynamo.reset()
     network = torch.nn.Linear(4, 1)
     x = torch.randn(20, 4)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             h = network(x).squeeze(-1)
             return rx.variational_bound(h, h * 2, "kl"), rx.density_ratio(h, "kl").log_ratio
 
@@ -186,6 +187,7 @@ def test_export():
     assert "refine_ext" in str(program.graph)
 
 
+@pytest.mark.kernels("cpu")
 @pytest.mark.parametrize("dim", [None, 0, 1])
 def test_meta_tensors(dim):
     h, w = torch.empty(4, 6, device="meta"), torch.empty(4, 6, device="meta")
@@ -199,6 +201,7 @@ def test_meta_tensors(dim):
     assert rx.variational_bound(h.double(), w, "gan", kind="logit").dtype == torch.float64
 
 
+@pytest.mark.kernels("cpu")
 def test_fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

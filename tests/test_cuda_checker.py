@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on Lin
 
 
 def run(kernel: str, sanitizer: str, order: str = "forward") -> subprocess.CompletedProcess[str]:
-    program = emulator.build("planted_bugs", sanitizer)
+    program = emulator.build_program("planted_bugs", sanitizer)
     environment = emulator.environment(CUDA_ON_CPU_ORDER=order)
     return subprocess.run([str(program), kernel], capture_output=True, text=True, env=environment)
 

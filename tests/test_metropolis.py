@@ -7,6 +7,7 @@ import math
 import pytest
 import resampling_reference as reference
 import torch
+from reference import on_device
 from scipy.stats import chisquare
 
 import refine_ext as rx
@@ -35,6 +36,7 @@ def chain(log_ratio, num, burn_in, thin, seed, c, initial=None, given=False):
     return drawn, accepted / max(1, steps - (initial is None))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("initial", [None, -1.0, 40.0])
 @pytest.mark.parametrize("given", [False, True])
@@ -65,14 +67,14 @@ def test_stationary_law():
     """20,000 chains of 60 steps, whose draws are independent, against the weights."""
     p = torch.tensor([0.02, 0.08, 0.1, 0.15, 0.25, 0.4], dtype=torch.float64)
     drawn = rx.metropolis(p.log(), 1, chains=20_000, burn_in=60, seed=1)
-    counts = torch.bincount(drawn[:, 0], minlength=6).numpy()
-    assert chisquare(counts, (20_000 * p).numpy()).pvalue > P_VALUE
+    counts = torch.bincount(drawn[:, 0], minlength=6).cpu().numpy()
+    assert chisquare(counts, (20_000 * p).cpu().numpy()).pvalue > P_VALUE
     # One long chain, thinned until its draws are all but independent: acceptance is above 1 / (6 * 0.4).
     drawn = rx.metropolis(p.log() + 1e4, 20_000, burn_in=50, thin=25, seed=2)
-    assert chisquare(torch.bincount(drawn, minlength=6).numpy(), (20_000 * p).numpy()).pvalue > P_VALUE
+    assert chisquare(torch.bincount(drawn, minlength=6).cpu().numpy(), (20_000 * p).cpu().numpy()).pvalue > P_VALUE
     # Without burn-in the first draw is a draw of Q.
     drawn = rx.metropolis(p.log(), 1, chains=20_000, seed=3)
-    assert chisquare(torch.bincount(drawn[:, 0], minlength=6).numpy()).pvalue > P_VALUE
+    assert chisquare(torch.bincount(drawn[:, 0], minlength=6).cpu().numpy()).pvalue > P_VALUE
 
 
 def test_each_sample_is_proposed_once_in_order():
@@ -119,7 +121,6 @@ def test_vmap_is_the_loop():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"log_ratio": torch.tensor([math.nan])}, ValueError, "no NaN or +inf"),
         ({"log_ratio": torch.ones(2, 2)}, ValueError, "must be 1-D, got shape [2, 2]"),
         ({"log_ratio": torch.ones(0)}, ValueError, "must not be empty"),
         ({"num": -1}, ValueError, "num must be at least 0"),
@@ -128,16 +129,35 @@ def test_vmap_is_the_loop():
         ({"burn_in": -1}, ValueError, "burn_in must be at least 0"),
         ({"order": "sorted"}, ValueError, "order must be 'random' or 'given'"),
         ({"order": "given", "num": 4}, ValueError, "order 'given' needs"),
-        ({"initial": math.inf}, ValueError, "initial must be finite or -inf"),
         ({"initial": torch.zeros(2)}, ValueError, "initial must hold one value"),
     ],
 )
 def test_errors(arguments, error, text):
-    arguments = {"log_ratio": torch.zeros(3), "num": 2, **arguments}
+    arguments = on_device({"log_ratio": torch.zeros(3), "num": 2, **arguments})
     with pytest.raises(error) as caught:
         rx.metropolis(**arguments)
     message = str(caught.value)
     assert message.startswith("metropolis: ") and text in message and "\n" not in message
+
+
+@pytest.mark.kernels("cpu")  # on CUDA the number is on the device
+def test_an_infinite_start_is_refused():
+    with pytest.raises(ValueError, match=r"^metropolis: initial must be finite or -inf, got inf$"):
+        rx.metropolis(torch.zeros(3), 2, initial=math.inf)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_data(bad, kernels):
+    """An error on the CPU; on CUDA, where it would wait for the device, the chains stay at their first index."""
+    log_ratio = torch.randn(50)
+    log_ratio[7] = bad
+    if kernels == "cpu":
+        with pytest.raises(ValueError, match=r"^metropolis: log_ratio must hold no NaN or .inf$"):
+            rx.metropolis(log_ratio, 9, chains=2, seed=1)
+    else:
+        result = rx.metropolis(log_ratio, 9, chains=2, seed=1, return_acceptance=True)
+        assert not result.indices.any() and not result.acceptance.any()
 
 
 def test_registrations():

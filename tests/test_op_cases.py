@@ -5,6 +5,10 @@ The table of calls is op_cases.py.
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
 
 import emulator
@@ -39,6 +43,27 @@ def test_every_op_has_a_case():
         for case in CASES:
             case.run(*case.make("cpu"))
     assert registered == called.names
+
+
+RUN_THE_TABLE = """
+import emulator
+from op_cases import CASES
+
+with emulator.replace_cpu_ops():
+    for case in CASES:
+        case.run(*case.make("cpu"))
+"""
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs g++ on Linux")
+def test_every_cuda_kernel_has_a_case(tmp_path):
+    """Of a template, some instance; in a process of its own, as what was launched is written down when it ends."""
+    library, record = emulator.load_ops(), tmp_path / "launched"
+    path = os.pathsep.join([*map(str, (emulator.HERE.parent, emulator.HERE)), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_ON_CPU_LAUNCHED": str(record)}
+    subprocess.run([sys.executable, "-c", RUN_THE_TABLE], check=True, env=environment, timeout=600)
+    launched = {re.search(r"cuda::(\w+)[<(]", kernel)[1] for kernel in emulator.launched(record, library)}
+    assert launched == set(emulator.kernel_names())
 
 
 @every_case

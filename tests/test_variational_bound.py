@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import FAMILIES, SUPREMUM, definition, log_ratio, numpy_of, outputs, slope, solve
+from reference import FAMILIES, SUPREMUM, definition, log_ratio, numpy_of, outputs, seeded, slope, solve
 from scipy.optimize import minimize_scalar
 
 import refine_ext as rx
@@ -52,7 +52,7 @@ def test_values(name, dtype):
         if tight:
             want = tight_value(name, numpy_of(real), numpy_of(fake))
         else:
-            want = float(numpy_of(real).mean()) - conjugate(name, fake.double().numpy()).mean()
+            want = float(numpy_of(real).mean()) - conjugate(name, fake.double().cpu().numpy()).mean()
         # The tight bound is stationary in the shift: its residual enters squared. alpha near one has h near 1000.
         scale = 1 + abs(want) + float(fake.double().abs().max())
         tolerance = 1e-11 * scale if dtype == torch.float64 else 8 * EPS32 * scale
@@ -63,7 +63,7 @@ def test_values(name, dtype):
 def test_tight_is_the_minimum_over_the_shift(name):
     """Against scipy's minimiser on nu + E f*(h − nu), and no shift does better."""
     real, fake = outputs(name, 20), outputs(name, 25)
-    h = fake.numpy()
+    h = fake.cpu().numpy()
     shift = float(rx.density_ratio(fake, name).shift)
 
     def objective(nu: float) -> float:
@@ -93,14 +93,16 @@ def test_tight_dominates_loose_and_ignores_offsets(name):
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_an_offset_of_both_changes_nothing(name, dtype, offset):
+def test_an_offset_of_both_changes_nothing(name, dtype, offset, kernels):
     """Also for many samples, where a float32 sum of 1e4's would lose the bound's digits."""
     real = (outputs(name, 30000) + offset).to(dtype)
     fake = (outputs(name, 30000) + offset).to(dtype)
     got = float(rx.variational_bound(real, fake, name))
     want = float(rx.variational_bound(real.double() - offset, fake.double() - offset, name))
-    # The shift is a float64; its 1e4 keeps 12 digits behind the point, a returned float32 its own.
-    assert got == pytest.approx(want, abs=1e-8 if dtype == torch.float64 else 2e-6 * (1 + abs(want)))
+    # The shift is a float64; its 1e4 keeps 12 digits behind the point, a returned float32 its own. On CUDA each float64
+    # addition follows a few in float32, which round numbers of 1e4 by up to 5e-4 each, independently.
+    float32 = 2e-6 * (1 + abs(want)) + (0 if kernels == "cpu" else 4 * 5e-4 / math.sqrt(30000))
+    assert got == pytest.approx(want, abs=1e-8 if dtype == torch.float64 else float32)
 
 
 @every_family
@@ -111,7 +113,7 @@ def test_logit_kind(name):
         for logits in (real, fake)
     )
     loose = rx.variational_bound(real, fake, name, tight=False, kind="logit")
-    want = float(h_real.mean()) - conjugate(name, h_fake.numpy()).mean()
+    want = float(h_real.mean()) - conjugate(name, h_fake.cpu().numpy()).mean()
     scale = float(h_real.abs().max() + h_fake.abs().max())
     assert float(loose) == pytest.approx(want, rel=1e-11, abs=1e-12 * scale)
     tight = rx.variational_bound(real, fake, name, kind="logit")
@@ -158,7 +160,7 @@ def test_saturated_logits(dtype):
 
 def test_true_divergences_of_gaussians():
     """At the optimal outputs on many samples the bound is the divergence, in closed form for N(1, 1) and N(0, 1)."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     n = 400_000
     real = torch.randn(n, dtype=torch.float64, generator=generator) + 1
     fake = torch.randn(n, dtype=torch.float64, generator=generator)
@@ -199,8 +201,8 @@ def test_the_gradient_on_fake_samples_is_the_density_ratio(name):
     kind=st.sampled_from(["variational", "logit"]),
     seed=st.integers(0, 2**31),
 )
-def test_sizes_and_strides(n, m, name, tight, kind, seed):
-    generator = torch.Generator().manual_seed(seed)
+def test_sizes_and_strides(n, m, name, tight, kind, seed, assert_same):
+    generator = seeded(seed)
     real = outputs(name, (2 * n, 2), generator=generator)
     fake = outputs(name, (3, m), generator=generator)
     if kind == "logit":
@@ -210,7 +212,7 @@ def test_sizes_and_strides(n, m, name, tight, kind, seed):
     want = rx.variational_bound(
         views[0].reshape(-1).clone(), views[1].reshape(-1).clone(), name, tight=tight, kind=kind
     )
-    assert torch.equal(got, want)
+    assert_same(got, want)
     mixed = rx.variational_bound(views[0], views[1].float().double(), name, tight=tight, kind=kind)
     assert mixed.dtype == torch.float64
 
@@ -223,30 +225,37 @@ def test_two_precisions_meet_in_the_higher():
 
 
 @pytest.mark.parametrize("name", [*SUPREMUM])
-def test_loose_bound_outside_the_domain(name):
+def test_loose_bound_outside_the_domain(name, kernels):
     h = torch.tensor([SUPREMUM[name] + 1.0, SUPREMUM[name] - 1.0])
-    with pytest.raises(ValueError, match=r"variational_bound: .* outside the domain") as caught:
-        rx.variational_bound(h, h, name, tight=False)
-    assert "\n" not in str(caught.value) and "h_fake" in str(caught.value)
-    assert "shift puts" not in str(caught.value), "the user gave no shift"
+    if kernels == "cpu":
+        with pytest.raises(ValueError, match=r"variational_bound: .* outside the domain") as caught:
+            rx.variational_bound(h, h, name, tight=False)
+        assert "\n" not in str(caught.value) and "h_fake" in str(caught.value)
+        assert "shift puts" not in str(caught.value), "the user gave no shift"
+    else:
+        assert rx.variational_bound(h, h, name, tight=False).isnan()
     assert math.isfinite(rx.variational_bound(h, h, name, tight=True))
 
 
-def test_bad_input():
+def test_bad_input(kernels):
     good = torch.randn(5)
     for bad, argument, message in (
         (torch.empty(0), "h_real", r"must not be empty, got shape \[0\]"),
         (torch.arange(3), "h_real", "must be float64, float32, float16 or bfloat16, got torch.int64"),
         ([1.0], "h_real", "must be a torch.Tensor, got list"),
-        (torch.tensor([math.nan]), "h_real", "must be finite"),
-        (torch.tensor([math.inf]), "h_real", "must be finite"),
     ):
         with pytest.raises((TypeError, ValueError), match=rf"^variational_bound: {argument} {message}"):
             rx.variational_bound(bad, good)
     for bad in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 1.0])):
         for tight in (True, False):
-            with pytest.raises(ValueError, match=r"^variational_bound: h_fake must hold no NaN"):
-                rx.variational_bound(good, bad, tight=tight)
+            if kernels == "cpu":
+                with pytest.raises(ValueError, match=r"^variational_bound: h_fake must hold no NaN"):
+                    rx.variational_bound(good, bad, tight=tight)
+                with pytest.raises(ValueError, match=r"^variational_bound: h_real must be finite"):
+                    rx.variational_bound(bad, good, tight=tight)
+            else:
+                assert rx.variational_bound(good, bad, tight=tight).isnan()
+                assert not rx.variational_bound(bad, good, tight=tight).isfinite()
     with pytest.raises(ValueError, match=r"^logistic_loss: logit_fake must not be empty"):
         rx.logistic_loss(good, torch.empty(2, 0))
     with pytest.raises(TypeError, match=r"^logistic_loss: logit_real must be a torch.Tensor"):

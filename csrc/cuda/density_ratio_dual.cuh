@@ -74,8 +74,8 @@ struct BackwardSumsPass : Pass {
   __device__ __forceinline__ C sample(const C* x) {
     const C c = factor_at<kForm>(family, x[1]), ratio = Arithmetic<C>::exp(x[1]);
     const C share = ratio == C(0) ? C(0) : ratio * c;
-    // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither does one of weight
-    // zero outside the domain, whose log r is NaN, unless it is asked for.
+    // A clipped sample passes nothing on, whatever its upstream gradient (inf * 0); neither does one of
+    // weight zero outside the domain, whose log r is NaN, unless it is asked for.
     part_slope += x[2] > C(0) ? share * x[2] : C(0);
     part_through += c == C(0) || x[0] == C(0) ? C(0) : c * x[0];
     return share;

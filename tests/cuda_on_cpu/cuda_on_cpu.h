@@ -11,8 +11,8 @@
 //
 // What is made visible between blocks follows the PTX memory model: an atomicAdd orders nothing by itself;
 // what a thread wrote before a __threadfence that precedes its atomicAdd is there for a thread whose later
-// atomicAdd of the same variable is followed by a __threadfence. A plain write to a variable that others change
-// by atomics is a race: a counter is set back by atomicExch, or by the host.
+// atomicAdd of the same variable is followed by a __threadfence. A plain write to a variable that others
+// change by atomics is a race: a counter is set back by atomicExch, or by the host.
 #pragma once
 
 #include <cmath>

@@ -13,8 +13,8 @@ struct [[maybe_unused]] DeviceGuard {
 
 inline void* current_stream(const Tensor&) { return nullptr; }
 
-// Memory of exactly `bytes` bytes, NaN to whoever reads before writing, between two stretches that nothing may
-// touch: an op that asked for too little fails.
+// Memory of exactly `bytes` bytes, NaN to whoever reads before writing, between two stretches that nothing
+// may touch: an op that asked for too little fails.
 class Scratch {
  public:
   Scratch(int64_t bytes, const Tensor&) : bytes_(static_cast<size_t>(bytes)) {
@@ -25,9 +25,9 @@ class Scratch {
   }
   ~Scratch() noexcept(false) {
     for (size_t i = 0; memory_ && i < kMargin; ++i) {
-      const bool untouched =
-          memory_[i] == kUntouched && memory_[kMargin + bytes_ + i] == kUntouched;
-      if (!untouched && std::uncaught_exceptions() == 0) fail("a kernel wrote beyond its workspace of ", bytes_, " bytes");
+      const bool untouched = memory_[i] == kUntouched && memory_[kMargin + bytes_ + i] == kUntouched;
+      if (!untouched && std::uncaught_exceptions() == 0)
+        fail("a kernel wrote beyond its workspace of ", bytes_, " bytes");
     }
   }
   unsigned char* data() const { return memory_ ? memory_.get() + kMargin : nullptr; }

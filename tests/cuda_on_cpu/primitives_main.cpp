@@ -128,36 +128,30 @@ bool read_exactly(void* to, size_t bytes) { return bytes == 0 || std::fread(to, 
 
 int main() {
   Request r;
-  while (read_exactly(&r, sizeof(r))) {
-    std::vector<std::vector<char>> received(2);
-    for (auto& array : received) {
-      int64_t size = 0;
-      if (!read_exactly(&size, sizeof(size))) return 2;
-      array.resize(static_cast<size_t>(size));
-      if (!read_exactly(array.data(), array.size())) return 2;
-    }
-    Memory a(received[0].size()), b(received[1].size());
-    a.copy_from(received[0].data());
-    b.copy_from(received[1].data());
-    std::vector<char> result(static_cast<size_t>(r.op == philox ? r.m * 16 : r.m * r.n * 4), '\xff');
-    Memory out(result.size());
-    out.copy_from(result.data());
-    if (r.op == product) {
-      launch("product", product_kernel, r.m / 16 * (r.n / 8), kWarp, nullptr, a.as<uint16_t>(),
-             b.as<uint16_t>(), out.as<float>(), r.n, r.k);
-    } else if (r.op == shared_product) {
-      launch_with_shared("shared_product", shared_product_kernel, r.m / 16 * (r.n / kWide), kProductThreads,
-                         (256 + 16 * kWide) * 2, nullptr, a.as<uint16_t>(), b.as<uint16_t>(), out.as<float>(),
-                         r.n, r.k);
-    } else {
-      launch("philox", philox_kernel, (r.m + 31) / 32, 32, nullptr, a.as<uint32_t>(), out.as<uint32_t>(),
-             r.m);
-    }
-    out.copy_to(result.data());
-    const int64_t size = static_cast<int64_t>(result.size());
-    std::fwrite(&size, sizeof(size), 1, stdout);
-    std::fwrite(result.data(), 1, result.size(), stdout);
-    std::fflush(stdout);
+  if (!read_exactly(&r, sizeof(r))) return 2;
+  std::vector<std::vector<char>> received(2);
+  for (auto& array : received) {
+    int64_t size = 0;
+    if (!read_exactly(&size, sizeof(size))) return 2;
+    array.resize(static_cast<size_t>(size));
+    if (!read_exactly(array.data(), array.size())) return 2;
   }
-  return 0;
+  Memory a(received[0].size()), b(received[1].size());
+  a.copy_from(received[0].data());
+  b.copy_from(received[1].data());
+  std::vector<char> result(static_cast<size_t>(r.op == philox ? r.m * 16 : r.m * r.n * 4), '\xff');
+  Memory out(result.size());
+  out.copy_from(result.data());
+  if (r.op == product) {
+    launch("product", product_kernel, r.m / 16 * (r.n / 8), kWarp, nullptr, a.as<uint16_t>(),
+           b.as<uint16_t>(), out.as<float>(), r.n, r.k);
+  } else if (r.op == shared_product) {
+    launch_with_shared("shared_product", shared_product_kernel, r.m / 16 * (r.n / kWide), kProductThreads,
+                       (256 + 16 * kWide) * 2, nullptr, a.as<uint16_t>(), b.as<uint16_t>(), out.as<float>(),
+                       r.n, r.k);
+  } else {
+    launch("philox", philox_kernel, (r.m + 31) / 32, 32, nullptr, a.as<uint32_t>(), out.as<uint32_t>(), r.m);
+  }
+  out.copy_to(result.data());
+  return std::fwrite(result.data(), 1, result.size(), stdout) == result.size() ? 0 : 1;
 }
