@@ -99,12 +99,14 @@ struct BackwardPass : Pass {
   }
 };
 
-// budget: registers 48 (16-bit 56, float64 56), shared 0, occupancy 62% (16-bit 50%, float64 50%), inputs
+// budget: registers 48 (16-bit 56, float64 80), shared 0, occupancy 62% (16-bit 50%, float64 37%), inputs
 //     1, outputs 1,
-//   instructions/sample 51 (exponential 21, reciprocal 30, logistic 67, lambert 52, float64 107, float64
-//     exponential 39, float64 reciprocal 83, float64 logistic 246, float64 lambert 104),
-//   special/sample 1 (exponential 0, logistic 2),
-//   float64/sample 1 (float64 79)
+//   instructions/sample 40 (float64 89, exponential 10, float64 exponential 16, reciprocal 20, float64
+//     reciprocal 68, float64 logistic 227, lambert 41, float64 lambert 90),
+//   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 3, float64 logistic 2, float64 lambert
+//     0),
+//   float64/sample 0 (16-bit 1, float64 24, float64 exponential 1, float64 reciprocal 21, float64 logistic
+//     79)
 template <Form kForm, class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
     dual_output_kernel(const T* x, T* out, const int64_t n, const Layout layout, const Family family) {
@@ -115,12 +117,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeO
 }
 
 // grad: like x; or row_grad, one value a row, float64 if wide.
-// budget: registers 56 (16-bit 64, float64 64), shared 0, occupancy 50%, inputs 2 (exponential 1,
+// budget: registers 56 (float64 96), shared 0, occupancy 50% (float64 25%), inputs 2 (exponential 1,
 //     exponential conjugate 2), outputs 1,
-//   instructions/sample 44 (logistic 60, lambert 43, float64 116, float64 exponential 114, float64 logistic
-//     148, float64 lambert 114),
-//   special/sample 1 (logistic 2),
-//   float64/sample 1 (float64 28)
+//   instructions/sample 22 (16-bit 24, float64 78, exponential 9, 16-bit exponential 10, float64
+//     exponential 18, float64 logistic 106, conjugate exponential 22, 16-bit conjugate exponential 24,
+//     float64 conjugate exponential 75, float64 conjugate logistic 107),
+//   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 2, float64 logistic 1, float64 lambert
+//     0, conjugate exponential 1, float64 conjugate exponential 0),
+//   float64/sample 0 (16-bit 1, float64 23, float64 logistic 28)
 template <Form kForm, class T, bool kConjugate>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
     dual_slope_kernel(const T* x, const T* grad, const void* row_grad, const bool wide, T* out,
@@ -140,10 +144,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeO
 }
 
 // budget: registers 64 (float64 72), shared 128, occupancy 50% (float64 37%), inputs 1,
-//   instructions/sample 46 (reciprocal 26, logistic 62, lambert 47, float64 103, float64 exponential 101,
-//     float64 reciprocal 78, float64 logistic 239, float64 lambert 98),
-//   special/sample 1 (logistic 2),
-//   float64/sample 0.5 (float64 80.5)
+//   instructions/sample 36 (float64 83, exponential 6, float64 exponential 9, reciprocal 16, float64
+//     reciprocal 50, float64 logistic 220, lambert 37, float64 lambert 85, float64 conjugate 84, conjugate
+//     exponential 36, float64 conjugate exponential 84, conjugate reciprocal 6, float64 conjugate
+//     reciprocal 9, float64 conjugate logistic 218, 16-bit conjugate lambert 34),
+//   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 3, float64 logistic 2, float64 lambert
+//     0, conjugate exponential 1, float64 conjugate exponential 0, conjugate reciprocal 0),
+//   float64/sample 0.4 (float64 24.3, float64 reciprocal 21.3, float64 logistic 82.3, float64 lambert 25.3)
 template <Form kForm, class T, bool kConjugate>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
     dual_sum_kernel(const T* x, const int64_t rows, const int64_t n, const Layout layout, const Family family,
@@ -182,14 +189,16 @@ __global__ void __launch_bounds__(kThreads)
 
 // -grad r / n, the gradient of a bound with respect to the fake outputs: the envelope theorem, the shift's
 // own movement does not count.
-// budget: registers 48 (16-bit 56, lambert 56, float64 72, power 80), shared 0, occupancy 62% (16-bit 50%,
-//     lambert 50%, float64 37%, power 37%), inputs 1, outputs 1,
-//   instructions/sample 32 (reciprocal 41, inverse_square 42, inverse_sqrt 53, linear 27, power 316,
-//     logistic 83, lambert 352, float64 exponential 86, float64 reciprocal 66, float64 inverse_square 66,
-//     float64 inverse_sqrt 88, float64 linear 44, float64 power 338, float64 logistic 190, float64 lambert
-//     514),
-//   special/sample 1 (inverse_sqrt 2, linear 0, power 3, logistic 3, lambert 15),
-//   float64/sample 1 (float64 48, power 113.2, float64 lambert 171)
+// budget: registers 48 (lambert 64, power 72, 16-bit 80, float64 88), shared 0, occupancy 62% (lambert 50%,
+//     power 37%, 16-bit 37%, float64 25%), inputs 1, outputs 1,
+//   instructions/sample 19 (16-bit exponential 20, float64 exponential 67, reciprocal 15, float64
+//     reciprocal 38, inverse_square 16, float64 inverse_square 40, inverse_sqrt 12, 16-bit inverse_sqrt 13,
+//     float64 inverse_sqrt 62, linear 13, 16-bit linear 14, float64 linear 22, power 300, 16-bit power 302,
+//     float64 power 306, logistic 32, float64 logistic 162, lambert 110, float64 lambert 485),
+//   special/sample 1 (float64 exponential 0, float64 inverse_sqrt 2, linear 0, power 3, lambert 9, float64
+//     lambert 6),
+//   float64/sample 0 (16-bit 0.5, float64 exponential 22, float64 reciprocal 11, float64 inverse_square 12,
+//     float64 inverse_sqrt 19, float64 linear 5, float64 logistic 48, float64 lambert 173, power 113.2)
 template <Form kForm, class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>, kForm>)
     bound_backward_kernel(const RowProblem problem, const Layout layout, const RatioStats* stats,
@@ -230,11 +239,13 @@ __device__ __forceinline__ BackwardRow<T> backward_row(const RowProblem& problem
 }
 
 // Three inputs and two sums take 80 registers.
-// budget: registers 80 (float64 96), shared 256, occupancy 37% (float64 25%), inputs 3,
-//   instructions/sample 60 (exponential 48, logistic 50, lambert 76, float64 156, float64 exponential 117,
-//     float64 logistic 120, float64 lambert 202),
-//   special/sample 2 (exponential 1, logistic 1, lambert 3),
-//   float64/sample 1.3 (float64 54)
+// budget: registers 64 (16-bit 72, float64 88), shared 256, occupancy 50% (16-bit 37%, float64 25%), inputs
+//     3,
+//   instructions/sample 41 (16-bit 42, float64 123, exponential 28, 16-bit exponential 29, float64
+//     exponential 84, logistic 31, 16-bit logistic 33, float64 logistic 87, float64 lambert 164),
+//   special/sample 2 (exponential 1, float64 exponential 0, float64 reciprocal 0, logistic 1, float64
+//     logistic 0, lambert 3, float64 lambert 1),
+//   float64/sample 1 (float64 48.5, float64 exponential 26, float64 logistic 28.5, float64 lambert 54)
 template <Form kForm, class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type, Form::lambert>)
     backward_sums_kernel(const RowProblem problem, const Layout layout, const T* log_ratio, const T* grad,
@@ -255,12 +266,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeO
 
 // The derivation of through_ratio is beside the CPU's backward (csrc/cpu/density_ratio.cpp). sums == nullptr:
 // the shift was given.
-// budget: registers 64 (16-bit 80, float64 96), shared 256, occupancy 50% (16-bit 37%, float64 25%), inputs
+// budget: registers 64 (16-bit 80, float64 88), shared 256, occupancy 50% (16-bit 37%, float64 25%), inputs
 //     3, outputs 1,
-//   instructions/sample 62 (exponential 49, logistic 53, lambert 79, float64 160, float64 exponential 119,
-//     float64 logistic 124, float64 lambert 210),
-//   special/sample 2 (exponential 1, logistic 1, lambert 3),
-//   float64/sample 1.4 (float64 50)
+//   instructions/sample 40 (float64 122, exponential 24, 16-bit exponential 26, float64 exponential 83,
+//     logistic 28, 16-bit logistic 30, float64 logistic 87, lambert 37, 16-bit lambert 40, float64 lambert
+//     165),
+//   special/sample 2 (exponential 1, float64 exponential 0, float64 reciprocal 0, logistic 1, float64
+//     logistic 0, lambert 3, float64 lambert 1),
+//   float64/sample 0.3 (16-bit 0.9, float64 44, float64 exponential 21.5, float64 logistic 24.5, float64
+//     lambert 50)
 template <Form kForm, class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
     backward_kernel(const RowProblem problem, const Layout layout, const T* log_ratio, const T* grad,

@@ -59,13 +59,15 @@ inline constexpr int kResidentBlocks = sizeof(C) == 8                           
                                        : sizeof(T) == 2 || kForm == Form::lambert ? 3
                                                                                   : 4;
 
-// budget: registers 56 (weighted 64, float64 80, 16-bit 72), shared 256 (weighted 384, exponential 640,
-//     weighted exponential 768), occupancy 50% (float64 37%, 16-bit 37%), inputs 1 (weighted 2),
-//   instructions/sample 18 (weighted 31, exponential 38, weighted exponential 64, float64 32, float64
-//     weighted 49, float64 exponential 123, float64 weighted exponential 168),
-//   special/sample 0 (exponential 1.3),
-//   float64/sample 0 (weighted 2, exponential 2.5, weighted exponential 8.8, float64 6, float64 exponential
-//     43)
+// budget: registers 48 (exponential 56, weighted 64, 16-bit 72, float64 72), shared 256 (weighted 384,
+//     exponential 640, weighted exponential 768), occupancy 62% (exponential 50%, weighted 50%, 16-bit 37%,
+//     float64 37%), inputs 1 (weighted 2),
+//   instructions/sample 5 (float64 11, weighted 18, 16-bit weighted 19, float64 weighted 23, exponential
+//     18, 16-bit exponential 19, float64 exponential 72, weighted exponential 42, float64 weighted
+//     exponential 120),
+//   special/sample 0 (exponential 1.2, weighted exponential 1.3, float64 exponential 0),
+//   float64/sample 0 (float64 2, weighted 2, float64 weighted 6, exponential 1, float64 exponential 29.3,
+//     weighted exponential 8.3, 16-bit weighted exponential 7.7, float64 weighted exponential 41.5)
 template <class T, bool kWeighted, bool kExponential>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
     scan_kernel(const RowProblem problem, const Layout layout, const Workspace work) {
@@ -164,8 +166,8 @@ __device__ __forceinline__ C sample_at(const void* data, Storage storage, int64_
 // Moves the search to the shift of a subsample, which stays in registers. The ratios' mass can lie in a
 // handful of extreme samples that a subsample misses: those beyond its maximum are taken from the threads'
 // maxima of the scan, where nearly each has a thread to itself. Each thread packs its share of them in place.
-// The local memory is what one thread keeps of a step of the search.
-// budget: registers 128, local 48, shared 816, occupancy 25%
+// Some of that goes to local memory in float64, where it is read once a step of the search.
+// budget: registers 128, local 0 (C=float64 48), shared 816, occupancy 25%
 template <Form kForm, class C>
 __global__ void __launch_bounds__(kGuessThreads, 1)
     guess_kernel(const RowProblem problem, const Workspace work) {
@@ -246,15 +248,21 @@ __device__ __forceinline__ RowState& next_state(const RowProblem& problem, const
   return state;
 }
 
-// budget: registers 64 (16-bit 80, lambert 72, float64 88, power 112), shared 432, occupancy 50% (16-bit
-//     37%, float64 25%, power 25%), inputs 1 (weighted 2),
-//   instructions/sample 37 (inverse_square 38, inverse_sqrt 50, linear 23, power 350, logistic 78, lambert
-//     362, weighted reciprocal 54, weighted inverse_square 55, weighted inverse_sqrt 69, weighted linear
-//     38, weighted power 365, weighted logistic 96, weighted lambert 381, float64 reciprocal 74, float64
-//     inverse_square 75, float64 inverse_sqrt 98, float64 linear 56, float64 power 384, float64 logistic
-//     199, float64 lambert 552),
-//   special/sample 1 (inverse_sqrt 2, linear 0, power 3, logistic 3, lambert 16, float64 7),
-//   float64/sample 1 (weighted 7, float64 53, power 138.3, float64 lambert 188)
+// On sm_80 a value is parked in local memory before the loop rather than lose a resident block.
+// budget: registers 64 (weighted 72, 16-bit 80, power 96, float64 88), local 0 (weighted inverse_sqrt 8),
+// shared 432, occupancy 50% (weighted
+//     37%, 16-bit 37%, power 25%, float64 25%), inputs 1 (weighted 2),
+//   instructions/sample 13 (float64 reciprocal 32, inverse_square 14, float64 inverse_square 33, float64
+//     inverse_sqrt 60, float64 linear 18, power 338, float64 power 344, logistic 30, float64 logistic 159,
+//     lambert 111, float64 lambert 499, weighted reciprocal 26, 16-bit weighted reciprocal 27, float64
+//     weighted reciprocal 45, weighted inverse_square 27, float64 weighted inverse_square 46, weighted
+//     inverse_sqrt 25, float64 weighted inverse_sqrt 69, weighted linear 25, float64 weighted linear 33,
+//     weighted power 350, float64 weighted power 360, weighted logistic 43, 16-bit weighted logistic 44,
+//     float64 weighted logistic 174, weighted lambert 125, float64 weighted lambert 520),
+//   special/sample 1 (linear 0, power 3, lambert 10.2, float64 inverse_sqrt 2, float64 lambert 7),
+//   float64/sample 1 (weighted 7, 16-bit 7, power 133.8, weighted power 137.3, float64 reciprocal 16,
+//     float64 inverse_square 17, float64 inverse_sqrt 25, float64 linear 10, float64 power 135.5, float64
+//     logistic 53, float64 lambert 188)
 template <Form kForm, class T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, Compute<kForm, T>, kForm>)
     evaluate_kernel(const RowProblem problem, const Layout layout, const Workspace work, const int index) {
@@ -328,18 +336,28 @@ __device__ __forceinline__ RowState& final_state(const RowProblem& problem, cons
 // N is what the formula is evaluated in: of a form that holds g, weighted rows where float32 cannot are left
 // to the kernel with N = double, and the other way round. kWeighted: the sums in float64, which a given shift
 // needs too, since its ratios may be anything.
-// A value or two are parked in local memory outside the loop.
-// budget: registers 64 (16-bit 80, lambert 80, N=float64 120), local 0 (N=float32 16), shared 512
-// (exponential 944), occupancy 50%
-//     (16-bit 37%, lambert 37%, N=float64 25%), inputs 2 (exponential 1), outputs 1 (none 0),
-//   instructions/sample 80 (reciprocal 60, inverse_square 60, inverse_sqrt 73, linear 45, logistic 102,
-//     lambert 373, log_ratio exponential 32, log_ratio reciprocal 89, log_ratio inverse_square 90,
-//     log_ratio inverse_sqrt 101, log_ratio linear 72, log_ratio logistic 130, log_ratio lambert 374, none
-//     reciprocal 86, none inverse_square 59, none inverse_sqrt 77, none linear 43, none logistic 131, none
-//     lambert 370, N=float64 reciprocal 173, N=float64 inverse_square 173, N=float64 inverse_sqrt 199,
-//     N=float64 linear 154, N=float64 power 430, N=float64 logistic 340, N=float64 lambert 565),
-//   special/sample 1 (inverse_sqrt 2, linear 0, logistic 3, lambert 15, N=float64 6),
-//   float64/sample 7 (exponential 1, none 10, N=float64 109, power 144, lambert N=float64 181)
+// budget: registers 64 (lambert 80, 16-bit 80, N=float64 104), shared 512 (exponential 944), occupancy 50%
+//     (lambert 37%, 16-bit 37%, N=float64 25%), inputs 1 (weighted 2), outputs 1 (none 0),
+//   instructions/sample 18 (inverse_square 19, 16-bit inverse_square 20, logistic 35, 16-bit logistic 36,
+//     lambert 114, log_ratio exponential 10, log_ratio reciprocal 21, log_ratio inverse_square 23,
+//     log_ratio inverse_sqrt 20, log_ratio linear 19, log_ratio logistic 38, none logistic 45, 16-bit none
+//     logistic 47, weighted reciprocal 30, 16-bit weighted reciprocal 32, weighted inverse_square 34,
+//     weighted inverse_sqrt 31, weighted linear 29, 16-bit weighted linear 31, weighted logistic 51,
+//     weighted lambert 125, 16-bit weighted lambert 126, weighted none inverse_square 31, 16-bit weighted
+//     none inverse_square 33, weighted none linear 30, 16-bit weighted none linear 31, weighted none
+//     logistic 60, 16-bit weighted none logistic 61, weighted none lambert 127, N=float64 exponential 64,
+//     N=float64 reciprocal 144, N=float64 inverse_square 146, N=float64 inverse_sqrt 168, N=float64 linear
+//     126, N=float64 power 331, N=float64 logistic 271, N=float64 lambert 510, N=float64 none
+//     inverse_square 50, N=float64 none inverse_sqrt 79, N=float64 none linear 34, N=float64 none power
+//     396, N=float64 none logistic 319),
+//   special/sample 1 (N=float64 exponential 0, reciprocal 2, inverse_square 2, inverse_sqrt 2, N=float64
+//     inverse_sqrt 3, N=float64 power 3, logistic 2, lambert 9.2, N=float64 lambert 6, log_ratio
+//     exponential 0, none inverse_square 1, N=float64 none inverse_sqrt 2, none linear 0, none logistic 3),
+//   float64/sample 1 (exponential 0, 16-bit 1.5, none 1.5, 16-bit none 0.8, weighted 7, weighted none 9,
+//     N=float64 exponential 21, N=float64 reciprocal 51, N=float64 inverse_square 52, N=float64
+//     inverse_sqrt 59, N=float64 linear 40, N=float64 power 118.2, N=float64 logistic 84, N=float64 lambert
+//     176, N=float64 none inverse_square 20, N=float64 none inverse_sqrt 28, N=float64 none linear 13,
+//     N=float64 none power 142.3, N=float64 none logistic 109, N=float64 none lambert 180)
 template <Form kForm, class T, Output kOutput, bool kWeighted, class N>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, N, kForm>)
     write_kernel(const RowProblem problem, const Layout layout, const Workspace work, RatioStats* stats) {
@@ -381,10 +399,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, N, kForm>)
 }
 
 // Sums over real outputs, for finish_kernel.
-// budget: registers 56 (16-bit 40), shared 128, occupancy 50% (16-bit 75%), inputs 1,
-//   instructions/sample 12 (float64 20),
+// budget: registers 48, shared 128, occupancy 62%, inputs 1,
+//   instructions/sample 5 (float64 9),
 //   special/sample 0,
-//   float64/sample 0.5 (float64 1.5)
+//   float64/sample 0.3 (float64 1.3)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     real_sum_kernel(const BoundArguments bound, const Layout layout, const int64_t rows, double* sums) {

@@ -74,15 +74,20 @@ __device__ __forceinline__ RowSums row_sums(const Team& team, const P& pass) {
   return {sums[0], sums[1], sums[2], largest[0]};
 }
 
-// A few values are parked in local memory between its loops.
-// budget: registers 128, local 40 (exponential 0), shared 3968 (exponential 3712), occupancy 25%, inputs 2,
-// outputs 1,
-//   instructions/sample 56 (reciprocal 153, inverse_square 154, inverse_sqrt 178, linear 71, power 411,
-//     logistic 132, lambert 389, float64 exponential 153, float64 reciprocal 172, float64 inverse_square
-//     173, float64 inverse_sqrt 196, float64 linear 158, float64 power 429, float64 logistic 341, float64
-//     lambert 547),
-//   special/sample 2 (inverse_sqrt 3, linear 0, power 3, logistic 3, lambert 16, float64 7),
-//   float64/sample 59 (exponential 6, linear 9, float64 109, power 141.3, float64 lambert 186)
+// Two values are parked in local memory between the loops of one kernel.
+// budget: registers 128 (exponential 88, float64 120), local 0 (16-bit power 16), shared 3968 (exponential
+// 3712), occupancy 25%,
+//     inputs 2, outputs 1,
+//   instructions/sample 36 (float64 exponential 133, reciprocal 135, 16-bit reciprocal 137, float64
+//     reciprocal 145, inverse_square 136, 16-bit inverse_square 137, float64 inverse_square 145,
+//     inverse_sqrt 158, 16-bit inverse_sqrt 159, float64 inverse_sqrt 166, linear 30, 16-bit linear 31,
+//     float64 linear 127, power 389, float64 power 395, logistic 61, float64 logistic 319, lambert 127,
+//     16-bit lambert 128, float64 lambert 521),
+//   special/sample 2 (inverse_sqrt 3, linear 1, power 3, logistic 3, lambert 10.5, float64 exponential 0,
+//     float64 lambert 7),
+//   float64/sample 6 (reciprocal 51, inverse_square 52, inverse_sqrt 59, linear 9, power 141.3, logistic 9,
+//     lambert 9, float64 exponential 42, float64 inverse_square 48, float64 inverse_sqrt 55, float64 linear
+//     40, float64 logistic 109, float64 lambert 188)
 template <Form kForm, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     density_ratio_rows_kernel(const RowProblem problem, const Layout layout, RatioStats* stats,
