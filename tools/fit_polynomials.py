@@ -1,4 +1,4 @@
-"""Polynomial coefficients of `csrc/cpu/simd.h` and `csrc/math/arithmetic.h`: near-minimax fits by Chebyshev interpolation in 60 digits.
+"""Polynomial coefficients of `csrc/cpu/simd.h` and `csrc/math/arithmetic.h`: near-minimax, Chebyshev in 60 digits.
 
 Prints each coefficient list, lowest degree first, and the fit's worst relative error against the
 function it serves. Run it to reproduce or to change a degree: `python tools/fit_polynomials.py`.
