@@ -5,19 +5,18 @@
 // Above each kernel stands what its compiled code may have, for sm_80 and sm_90, and
 // tests/test_cuda_binary.py holds it to that:
 //
-//   // budget: registers 64 (16-bit 80, float64 128), occupancy 50% (float64 25%), inputs 2 (exponential 1)
+//   // budget: registers 64 (16-bit 80, float64 128), occupancy 50% (float64 25%), inputs 1 (weighted 2)
 //
 // A value, then the exceptions: template arguments (all of them) and the value for these; the last that fits
 // counts. A form, an output, a flag that is set, the storage T (float32, float64, float16, bfloat16, or
-// 16-bit) and N=float64 for another type's name are template arguments. The words:
+// 16-bit), and N=float64 for another type's name. The words:
 //   registers, local, shared   of a thread, in eights; bytes of its local memory, 0 unless said, with the
-//                              reason; static bytes of a block
+//                              reason and never in a loop over samples; static bytes of a block
 //   occupancy                  at least this share of a multiprocessor's threads
 //   inputs, outputs            a loop over samples reads and writes so many packs of 16 bytes for as many
 //                              samples as one holds; none unless said
-//   instructions/sample        all instructions between the loop's ends, those of rare branches included,
-//   over
-//                              the samples of one trip; of several loops the largest counts
+//   instructions/sample        between the loop's ends, rare branches included, over the samples of one trip;
+//                              of several loops the largest counts
 //   special/sample             of these, on the unit of ex2, lg2, rcp and rsqrt, an eighth as fast
 //   float64/sample             of these, float64 arithmetic and conversions: a 64th as fast on small GPUs
 // `python tests/cuda_budgets.py` lists what the kernels have, and puts it into the budgets with --write.
