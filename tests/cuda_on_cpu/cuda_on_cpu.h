@@ -32,7 +32,6 @@ struct alignas(16) uint4 {
 };
 
 // Loads and stores of a pack, with the default caching.
-inline uint4 __ldca(const uint4* p) { return *p; }
 inline void __stwb(uint4* p, const uint4& value) { *p = value; }
 
 namespace cuda_on_cpu {
