@@ -26,21 +26,21 @@ pytestmark = [
 
 
 @pytest.fixture(params=cuda_binary.ARCHITECTURES)
-def kernels(request) -> list[Kernel]:
+def compiled(request) -> list[Kernel]:
     return cuda_binary.kernels(request.param) or pytest.skip(f"not built for {request.param}")
 
 
-def test_budgets(kernels):
-    violations = [text for kernel in kernels for text in Budget(kernel.source).violations(kernel)]
+def test_budgets(compiled):
+    violations = [text for kernel in compiled for text in Budget(kernel.source).violations(kernel)]
     assert not violations, "\n".join(violations)
 
 
 def test_budgets_are_tight():
     """A limit is near what some kernel has, so that a change for the worse does not fit below it."""
-    compiled = [kernel for architecture in cuda_binary.ARCHITECTURES for kernel in cuda_binary.kernels(architecture)]
+    every = [kernel for architecture in cuda_binary.ARCHITECTURES for kernel in cuda_binary.kernels(architecture)]
     loose = []
     for source in declared().values():
-        mine = [kernel for kernel in compiled if kernel.source.name == source.name]
+        mine = [kernel for kernel in every if kernel.source.name == source.name]
         assert mine, f"{source.name} is declared and not compiled"
         loose += Budget(source).looseness(mine)
     assert not loose, "\n".join(loose)
@@ -78,9 +78,9 @@ def test_the_grammar_is_strict(budget, message):
         Budget(source_of(budget))
 
 
-def test_a_budget_can_fail(kernels):
+def test_a_budget_can_fail(compiled):
     """The checks see a limit below, one far above, one for no kernel, and missing local memory or inputs."""
-    (scan,) = [kernel for kernel in kernels if kernel.source.name == "scan_kernel" and kernel.words == ["float32"]]
+    (scan,) = [kernel for kernel in compiled if kernel.source.name == "scan_kernel" and kernel.words == ["float32"]]
     exact = ", ".join(Budget(scan.source).rewritten([scan]))
     assert not Budget(source_of(exact)).violations(scan)
     assert not Budget(source_of(exact)).looseness([scan])
@@ -100,6 +100,6 @@ def test_a_budget_can_fail(kernels):
     assert "instructions/sample" in found(re.sub(r"instructions/sample \d+", "instructions/sample 1", exact))
 
 
-def test_no_atomics(kernels):
+def test_no_atomics(compiled):
     """Results are the same bits on every run: the order of every sum is fixed."""
-    assert not [str(kernel) for kernel in kernels if kernel.count(r"ATOM|RED\b")]
+    assert not [str(kernel) for kernel in compiled if kernel.count(r"ATOM|RED\b")]

@@ -241,11 +241,11 @@ __device__ __forceinline__ BackwardRow<T> backward_row(const RowProblem& problem
 // Three inputs and two sums take 80 registers.
 // budget: registers 64 (16-bit 72, float64 88), shared 256, occupancy 50% (16-bit 37%, float64 25%), inputs
 //     3,
-//   instructions/sample 41 (16-bit 42, float64 123, exponential 28, 16-bit exponential 29, float64
-//     exponential 84, logistic 31, 16-bit logistic 33, float64 logistic 87, float64 lambert 164),
+//   instructions/sample 42 (16-bit 43, float64 124, exponential 30, 16-bit exponential 31, float64
+//     exponential 85, logistic 32, 16-bit logistic 33, float64 logistic 88, float64 lambert 165),
 //   special/sample 2 (exponential 1, float64 exponential 0, float64 reciprocal 0, logistic 1, float64
 //     logistic 0, lambert 3, float64 lambert 1),
-//   float64/sample 1 (float64 48.5, float64 exponential 26, float64 logistic 28.5, float64 lambert 54)
+//   float64/sample 1 (float64 49.5, float64 exponential 27.5, float64 logistic 29.5, float64 lambert 55)
 template <Form kForm, class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type, Form::lambert>)
     backward_sums_kernel(const RowProblem problem, const Layout layout, const T* log_ratio, const T* grad,
@@ -268,13 +268,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeO
 // the shift was given.
 // budget: registers 64 (16-bit 80, float64 88), shared 256, occupancy 50% (16-bit 37%, float64 25%), inputs
 //     3, outputs 1,
-//   instructions/sample 40 (float64 122, exponential 24, 16-bit exponential 26, float64 exponential 83,
-//     logistic 28, 16-bit logistic 30, float64 logistic 87, lambert 37, 16-bit lambert 40, float64 lambert
-//     165),
+//   instructions/sample 49 (float64 129, exponential 35, 16-bit exponential 39, float64 exponential 105,
+//     logistic 33, 16-bit logistic 34, float64 logistic 113, float64 lambert 183),
 //   special/sample 2 (exponential 1, float64 exponential 0, float64 reciprocal 0, logistic 1, float64
 //     logistic 0, lambert 3, float64 lambert 1),
-//   float64/sample 0.3 (16-bit 0.9, float64 44, float64 exponential 21.5, float64 logistic 24.5, float64
-//     lambert 50)
+//   float64/sample 0.8 (16-bit 1.3, float64 47, float64 exponential 25.5, float64 logistic 31, float64
+//     lambert 53)
 template <Form kForm, class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeOf<T>::type>)
     backward_kernel(const RowProblem problem, const Layout layout, const T* log_ratio, const T* grad,

@@ -250,8 +250,7 @@ __device__ __forceinline__ RowState& next_state(const RowProblem& problem, const
 
 // On sm_80 a value is parked in local memory before the loop rather than lose a resident block.
 // budget: registers 64 (weighted 72, 16-bit 80, power 96, float64 88), local 0 (weighted inverse_sqrt 8),
-// shared 432, occupancy 50% (weighted
-//     37%, 16-bit 37%, power 25%, float64 25%), inputs 1 (weighted 2),
+//     shared 432, occupancy 50% (weighted 37%, 16-bit 37%, power 25%, float64 25%), inputs 1 (weighted 2),
 //   instructions/sample 13 (float64 reciprocal 32, inverse_square 14, float64 inverse_square 33, float64
 //     inverse_sqrt 60, float64 linear 18, power 338, float64 power 344, logistic 30, float64 logistic 159,
 //     lambert 111, float64 lambert 499, weighted reciprocal 26, 16-bit weighted reciprocal 27, float64

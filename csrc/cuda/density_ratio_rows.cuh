@@ -76,10 +76,9 @@ __device__ __forceinline__ RowSums row_sums(const Team& team, const P& pass) {
 
 // Two values are parked in local memory between the loops of one kernel.
 // budget: registers 128 (exponential 88, float64 120), local 0 (16-bit power 16), shared 3968 (exponential
-// 3712), occupancy 25%,
-//     inputs 2, outputs 1,
+//     3712), occupancy 25%, inputs 2, outputs 1,
 //   instructions/sample 36 (float64 exponential 133, reciprocal 135, 16-bit reciprocal 137, float64
-//     reciprocal 145, inverse_square 136, 16-bit inverse_square 137, float64 inverse_square 145,
+//     reciprocal 144, inverse_square 136, 16-bit inverse_square 137, float64 inverse_square 145,
 //     inverse_sqrt 158, 16-bit inverse_sqrt 159, float64 inverse_sqrt 166, linear 30, 16-bit linear 31,
 //     float64 linear 127, power 389, float64 power 395, logistic 61, float64 logistic 319, lambert 127,
 //     16-bit lambert 128, float64 lambert 521),
