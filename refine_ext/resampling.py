@@ -74,13 +74,18 @@ def _whole(function: str, argument: str, value: int, least: int) -> int:
     return value
 
 
-def _double(function: str, argument: str, value: float | Tensor, device: torch.device) -> Tensor:
+def _double(
+    function: str, argument: str, value: float | Tensor, device: torch.device, *, infinite: bool = True
+) -> Tensor:
+    """A float64 tensor; a number is checked here, and may be -inf if `infinite`, the values of a tensor by the op."""
     if isinstance(value, Tensor):
         return value.detach().to(device, torch.float64)
     if not isinstance(value, (int, float)):
         raise TypeError(f"{function}: {argument} must be a number or a tensor, got {type(value).__name__}")
     if math.isnan(value):
         raise ValueError(f"{function}: {argument} must not be NaN")
+    if value == math.inf or (value == -math.inf and not infinite):
+        raise ValueError(f"{function}: {argument} must be finite{' or -inf' if infinite else ''}, got {value}")
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
@@ -210,7 +215,7 @@ def rejection(
             raise ValueError("rejection: give gamma or percentile, not both")
         shift: Tensor | None = _percentile(log_ratio, bound, percentile, epsilon)
     else:
-        shift = None if gamma is None else _double("rejection", "gamma", gamma, device)
+        shift = None if gamma is None else _double("rejection", "gamma", gamma, device, infinite=False)
     key = _seed("rejection", seed, generator, device)
     try:
         keep, new_bound, accepted = ops.rejection.default(log_ratio, bound, shift, epsilon, key, offset)

@@ -151,8 +151,30 @@ def log_ratio_below(name: str, u: np.ndarray) -> np.ndarray:
         return -np.log(below * u / np.longdouble(scale)) / below
 
 
+def _falling_root(function, low, high):
+    """Where a falling function is zero, by Ridders' method: at least as fast as bisection, which needs 64 steps."""
+    with np.errstate(all="ignore"):
+        at_low, at_high, last = function(low), function(high), low
+        while True:
+            middle = (low + high) / 2
+            at_middle = function(middle)
+            found = middle + (middle - low) * at_middle / np.sqrt(at_middle**2 - at_low * at_high)
+            # Where the function is infinite: bisection.
+            found = found if low < found < high else middle
+            if found in (low, high) or abs(found - last) <= 2 * np.spacing(abs(found)):
+                return found
+            last = found
+            for x, y in ((middle, at_middle), (found, function(found))):
+                if y == 0:
+                    return x
+                if y > 0 and x > low:
+                    low, at_low = x, y
+                if y < 0 and x < high:
+                    high, at_high = x, y
+
+
 def solve(name: str, h: np.ndarray, w: np.ndarray | None = None):
-    """Log-ratios with E_Q r = 1 and their shift, by bisection on the shift in np.longdouble.
+    """Log-ratios with E_Q r = 1 and their shift, by Ridders' method on the shift in np.longdouble.
 
     The unknown is the distance of the largest output from the edge of the domain, in logarithm, or its negative where
     f* has no edge.
@@ -176,14 +198,7 @@ def solve(name: str, h: np.ndarray, w: np.ndarray | None = None):
     width = np.longdouble(1)
     while mean(high) > 1:
         high, width = high + width, 2 * width
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if mean(middle) > 1:
-            low = middle
-        else:
-            high = middle
+    middle = _falling_root(lambda unknown: np.log(mean(unknown)), low, high)
     shift = highest + (np.exp(middle) - np.longdouble(SUPREMUM[name]) if edge else middle)
     # Samples of weight zero have a ratio too.
     return log_ratio_below(name, below + (np.exp(middle) if edge else middle)), shift

@@ -140,8 +140,7 @@ def test_errors(arguments, error, text):
     assert message.startswith("metropolis: ") and text in message and "\n" not in message
 
 
-@pytest.mark.kernels("cpu")  # on CUDA the number is on the device
-def test_an_infinite_start_is_refused():
+def test_an_infinite_start_is_refused(device):
     with pytest.raises(ValueError, match=r"^metropolis: initial must be finite or -inf, got inf$"):
         rx.metropolis(torch.zeros(3), 2, initial=math.inf)
 

@@ -148,7 +148,6 @@ def test_errors(arguments, error, text):
     assert message.startswith("rejection: ") and text in message and "\n" not in message
 
 
-@pytest.mark.kernels("cpu")  # on CUDA the number is on the device
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -156,7 +155,7 @@ def test_errors(arguments, error, text):
         ({"gamma": -math.inf}, "gamma must be finite, got -inf"),
     ],
 )
-def test_infinite_numbers_are_refused(arguments, text):
+def test_infinite_numbers_are_refused(arguments, text, device):
     with pytest.raises(ValueError) as caught:
         rx.rejection(torch.zeros(3), **arguments)
     assert str(caught.value) == f"rejection: {text}"
