@@ -13,7 +13,6 @@ import sys
 import pytest
 import torch
 from op_cases import CASES, Case, assert_same, near
-from reference import outputs
 
 import refine_ext as rx
 
@@ -134,20 +133,6 @@ def test_device_of_the_tensor(case: Case):
     for result in got:
         assert result.device == torch.device("cuda:1")
     assert_same([x.cpu() for x in got], [x.cpu() for x in want], case.name)
-
-
-@cuda
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16, torch.bfloat16), ids=str)
-def test_layouts(dtype):
-    """Misaligned and strided rows, in place: the bits of an aligned copy."""
-    for n in (33, 5000, 70_001):
-        base = outputs("gan", (n + 3, 2), dtype).cuda()
-        for view in (base[3:, 0], base[:, 1].contiguous()[1:], base.T[0, 2:]):
-            want = rx.density_ratio(view.clone(), "gan").log_ratio
-            assert torch.equal(rx.density_ratio(view, "gan").log_ratio, want)
-        h = base[:, 0].contiguous()
-        want = rx.density_ratio(h, "gan").log_ratio
-        assert torch.equal(rx.density_ratio(h, "gan", out=h).log_ratio, want)
 
 
 @cuda
