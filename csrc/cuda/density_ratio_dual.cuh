@@ -101,9 +101,9 @@ struct BackwardPass : Pass {
 
 // budget: registers 48 (16-bit 56, float64 80), shared 0, occupancy 62% (16-bit 50%, float64 37%), inputs
 //     1, outputs 1,
-//   instructions/sample 40 (float64 89, exponential 10, float64 exponential 16, reciprocal 20, float64
+//   instructions/sample 51 (float64 89, exponential 10, float64 exponential 16, reciprocal 20, float64
 //     reciprocal 68, float64 logistic 227, lambert 41, float64 lambert 90),
-//   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 3, float64 logistic 2, float64 lambert
+//   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 4, float64 logistic 2, float64 lambert
 //     0),
 //   float64/sample 0 (16-bit 1, float64 24, float64 exponential 1, float64 reciprocal 21, float64 logistic
 //     79)
@@ -145,11 +145,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeO
 }
 
 // budget: registers 64 (float64 72), shared 128, occupancy 50% (float64 37%), inputs 1,
-//   instructions/sample 36 (float64 83, exponential 6, float64 exponential 9, reciprocal 16, float64
+//   instructions/sample 47 (float64 83, exponential 6, float64 exponential 9, reciprocal 16, float64
 //     reciprocal 50, float64 logistic 220, lambert 37, float64 lambert 85, float64 conjugate 84, conjugate
 //     exponential 36, float64 conjugate exponential 84, conjugate reciprocal 6, float64 conjugate
 //     reciprocal 9, float64 conjugate logistic 218, 16-bit conjugate lambert 34),
-//   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 3, float64 logistic 2, float64 lambert
+//   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 4, float64 logistic 2, float64 lambert
 //     0, conjugate exponential 1, float64 conjugate exponential 0, conjugate reciprocal 0),
 //   float64/sample 0.4 (float64 24.3, float64 reciprocal 21.3, float64 logistic 82.3, float64 lambert 25.3)
 template <Form kForm, class T, bool kConjugate>
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kThreads)
 //   instructions/sample 19 (16-bit exponential 20, float64 exponential 67, reciprocal 15, float64
 //     reciprocal 38, inverse_square 16, float64 inverse_square 40, inverse_sqrt 12, 16-bit inverse_sqrt 13,
 //     float64 inverse_sqrt 62, linear 13, 16-bit linear 14, float64 linear 22, power 300, 16-bit power 302,
-//     float64 power 306, logistic 32, float64 logistic 162, lambert 110, float64 lambert 485),
-//   special/sample 1 (float64 exponential 0, float64 inverse_sqrt 2, linear 0, power 3, lambert 9, float64
+//     float64 power 306, logistic 32, float64 logistic 162, lambert 128, float64 lambert 485),
+//   special/sample 1 (float64 exponential 0, float64 inverse_sqrt 2, linear 0, power 3, lambert 11, float64
 //     lambert 6),
 //   float64/sample 0 (16-bit 0.5, float64 exponential 22, float64 reciprocal 11, float64 inverse_square 12,
 //     float64 inverse_sqrt 19, float64 linear 5, float64 logistic 48, float64 lambert 173, power 113.2)

@@ -253,12 +253,12 @@ __device__ __forceinline__ RowState& next_state(const RowProblem& problem, const
 //     shared 432, occupancy 50% (weighted 37%, 16-bit 37%, power 25%, float64 25%), inputs 1 (weighted 2),
 //   instructions/sample 13 (float64 reciprocal 32, inverse_square 14, float64 inverse_square 33, float64
 //     inverse_sqrt 60, float64 linear 18, power 338, float64 power 344, logistic 30, float64 logistic 159,
-//     lambert 111, float64 lambert 499, weighted reciprocal 26, 16-bit weighted reciprocal 27, float64
+//     lambert 129, float64 lambert 499, weighted reciprocal 26, 16-bit weighted reciprocal 27, float64
 //     weighted reciprocal 45, weighted inverse_square 27, float64 weighted inverse_square 46, weighted
 //     inverse_sqrt 25, float64 weighted inverse_sqrt 69, weighted linear 25, float64 weighted linear 33,
 //     weighted power 350, float64 weighted power 360, weighted logistic 43, 16-bit weighted logistic 44,
-//     float64 weighted logistic 174, weighted lambert 125, float64 weighted lambert 520),
-//   special/sample 1 (linear 0, power 3, lambert 10.2, float64 inverse_sqrt 2, float64 lambert 7),
+//     float64 weighted logistic 174, weighted lambert 144, float64 weighted lambert 520),
+//   special/sample 1 (linear 0, power 3, lambert 12.2, float64 inverse_sqrt 2, float64 lambert 7),
 //   float64/sample 1 (weighted 7, 16-bit 7, power 133.8, weighted power 137.3, float64 reciprocal 16,
 //     float64 inverse_square 17, float64 inverse_sqrt 25, float64 linear 10, float64 power 135.5, float64
 //     logistic 53, float64 lambert 188)
@@ -337,21 +337,19 @@ __device__ __forceinline__ RowState& final_state(const RowProblem& problem, cons
 // needs too, since its ratios may be anything.
 // budget: registers 64 (lambert 80, 16-bit 80, N=float64 104), shared 512 (exponential 944), occupancy 50%
 //     (lambert 37%, 16-bit 37%, N=float64 25%), inputs 1 (weighted 2), outputs 1 (none 0),
-//   instructions/sample 18 (inverse_square 19, 16-bit inverse_square 20, logistic 35, 16-bit logistic 36,
-//     lambert 114, log_ratio exponential 10, log_ratio reciprocal 21, log_ratio inverse_square 23,
-//     log_ratio inverse_sqrt 20, log_ratio linear 19, log_ratio logistic 38, none logistic 45, 16-bit none
-//     logistic 47, weighted reciprocal 30, 16-bit weighted reciprocal 32, weighted inverse_square 34,
-//     weighted inverse_sqrt 31, weighted linear 29, 16-bit weighted linear 31, weighted logistic 51,
-//     weighted lambert 125, 16-bit weighted lambert 126, weighted none inverse_square 31, 16-bit weighted
-//     none inverse_square 33, weighted none linear 30, 16-bit weighted none linear 31, weighted none
-//     logistic 60, 16-bit weighted none logistic 61, weighted none lambert 127, N=float64 exponential 64,
-//     N=float64 reciprocal 144, N=float64 inverse_square 146, N=float64 inverse_sqrt 168, N=float64 linear
-//     126, N=float64 power 331, N=float64 logistic 271, N=float64 lambert 510, N=float64 none
-//     inverse_square 50, N=float64 none inverse_sqrt 79, N=float64 none linear 34, N=float64 none power
-//     396, N=float64 none logistic 319),
-//   special/sample 1 (N=float64 exponential 0, reciprocal 2, inverse_square 2, inverse_sqrt 2, N=float64
-//     inverse_sqrt 3, N=float64 power 3, logistic 2, lambert 9.2, N=float64 lambert 6, log_ratio
-//     exponential 0, none inverse_square 1, N=float64 none inverse_sqrt 2, none linear 0, none logistic 3),
+//   instructions/sample 27 (inverse_square 19, 16-bit inverse_square 20, logistic 35, 16-bit logistic 36,
+//     lambert 132, log_ratio exponential 10, log_ratio reciprocal 30, log_ratio inverse_square 31,
+//     log_ratio inverse_sqrt 28, log_ratio linear 28, log_ratio logistic 48, none logistic 58, weighted
+//     reciprocal 42, weighted inverse_square 43, weighted inverse_sqrt 40, weighted linear 41, weighted
+//     logistic 59, weighted lambert 143, weighted none inverse_square 31, 16-bit weighted none
+//     inverse_square 33, weighted none linear 30, 16-bit weighted none linear 31, weighted none logistic
+//     73, weighted none lambert 145, N=float64 exponential 64, N=float64 reciprocal 144, N=float64
+//     inverse_square 146, N=float64 inverse_sqrt 168, N=float64 linear 126, N=float64 power 331, N=float64
+//     logistic 271, N=float64 lambert 510, N=float64 none inverse_square 50, N=float64 none inverse_sqrt
+//     79, N=float64 none linear 34, N=float64 none power 396, N=float64 none logistic 319),
+//   special/sample 2 (N=float64 exponential 0, reciprocal 3, inverse_square 3, inverse_sqrt 3, N=float64
+//     power 3, logistic 3, lambert 11.2, N=float64 lambert 6, log_ratio exponential 0, none inverse_square
+//     1, N=float64 none inverse_sqrt 2, none linear 0, none logistic 4),
 //   float64/sample 1 (exponential 0, 16-bit 1.5, none 1.5, 16-bit none 0.8, weighted 7, weighted none 9,
 //     N=float64 exponential 21, N=float64 reciprocal 51, N=float64 inverse_square 52, N=float64
 //     inverse_sqrt 59, N=float64 linear 40, N=float64 power 118.2, N=float64 logistic 84, N=float64 lambert

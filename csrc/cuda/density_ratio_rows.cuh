@@ -79,11 +79,10 @@ __device__ __forceinline__ RowSums row_sums(const Team& team, const P& pass) {
 //     3712), occupancy 25%, inputs 2, outputs 1,
 //   instructions/sample 36 (float64 exponential 133, reciprocal 135, 16-bit reciprocal 137, float64
 //     reciprocal 144, inverse_square 136, 16-bit inverse_square 137, float64 inverse_square 145,
-//     inverse_sqrt 158, 16-bit inverse_sqrt 159, float64 inverse_sqrt 166, linear 30, 16-bit linear 31,
-//     float64 linear 127, power 389, float64 power 395, logistic 61, float64 logistic 319, lambert 127,
-//     16-bit lambert 128, float64 lambert 521),
-//   special/sample 2 (inverse_sqrt 3, linear 1, power 3, logistic 3, lambert 10.5, float64 exponential 0,
-//     float64 lambert 7),
+//     inverse_sqrt 158, 16-bit inverse_sqrt 159, float64 inverse_sqrt 166, linear 38, 16-bit linear 41,
+//     float64 linear 127, power 389, float64 power 395, logistic 74, float64 logistic 319, lambert 145,
+//     16-bit lambert 146, float64 lambert 521),
+//   special/sample 3 (linear 2, logistic 4, lambert 12.5, float64 exponential 0, float64 lambert 7),
 //   float64/sample 6 (reciprocal 51, inverse_square 52, inverse_sqrt 59, linear 9, power 141.3, logistic 9,
 //     lambert 9, float64 exponential 42, float64 inverse_square 48, float64 inverse_sqrt 55, float64 linear
 //     40, float64 logistic 109, float64 lambert 188)
