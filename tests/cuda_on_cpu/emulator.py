@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.library import Library
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -37,7 +38,7 @@ UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-ze
 class Sanitizer(NamedTuple):
     flags: list[str]
     runtime: str  # flag for runtime.cpp, which is not instrumented: it tells the sanitizer about fibers
-    library: str
+    preload: str  # the sanitizer's own library, for a Python that was built without it
     plain: tuple[str, ...]  # sources whose memory accesses are those of another one, with other types
 
 
@@ -53,7 +54,7 @@ SANITIZERS = {
 
 
 def _make(command: list[str], target: Path) -> None:
-    """Runs `command`, which writes `target`; one that is there already was finished, perhaps by an earlier session."""
+    """Runs `command`, which writes `target`; one that is there already was finished, perhaps by an earlier run."""
     if target.exists():
         return
     unfinished = target.with_suffix(".unfinished")
@@ -155,15 +156,15 @@ def _op_names() -> list[str]:
 @contextmanager
 def replace_cpu_ops() -> Iterator[None]:
     """Within, torch.ops.refine_ext runs the CUDA ops on CPU tensors."""
-    library = torch.library.Library("refine_ext", "IMPL")
+    overrides = Library("refine_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         for name in _op_names():
-            library.impl(name, getattr(torch.ops.refine_ext_on_cpu, name).default, "CPU", allow_override=True)
+            overrides.impl(name, getattr(torch.ops.refine_ext_on_cpu, name).default, "CPU", allow_override=True)
     try:
         yield
     finally:
-        library._destroy()
+        overrides._destroy()
 
 
 def kernels_of(binary: Path) -> dict[int, str]:
@@ -210,7 +211,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 def python_environment(sanitizer: str, **settings: str) -> dict[str, str]:
     """The same for a Python process that loads the sanitized ops."""
-    name = SANITIZERS[sanitizer].library
+    name = SANITIZERS[sanitizer].preload
     path = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     return environment(
         LD_PRELOAD=path.stdout.strip(),
