@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "../math/density_ratio_problem.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -118,6 +120,35 @@ inline Tensor allocate(const int64_t* sizes, int64_t dims, ScalarType type, cons
   if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
 #endif
   return tensor;
+}
+
+// Allocates [..., last], or [...] for last < 0, where `like` is [..., n].
+inline Tensor new_rows(const Tensor& like, int64_t last, ScalarType type) {
+  int64_t sizes[16];
+  const int64_t dims = like.dim();
+  require(dims <= 16, "tensors of more than 16 dimensions are not supported, got ", dims);
+  for (int64_t d = 0; d + 1 < dims; ++d) sizes[d] = like.size(d);
+  if (last >= 0) sizes[dims - 1] = last;
+  return allocate(sizes, last >= 0 ? dims : dims - 1, type, like);
+}
+
+struct Rows {
+  int64_t rows, n;
+};
+
+inline Storage storage_of(const Tensor& tensor, const char* op, const char* argument) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::float32;
+    case ScalarType::Double:
+      return Storage::float64;
+    case ScalarType::Half:
+      return Storage::float16;
+    case ScalarType::BFloat16:
+      return Storage::bfloat16;
+    default:
+      fail(op, ": ", argument, " must be float64, float32, float16 or bfloat16");
+  }
 }
 
 // A large fresh output costs more in page faults than in arithmetic; huge pages take most of that away.

@@ -6,29 +6,10 @@
 
 namespace refine_ext::ops {
 
-inline Storage storage_of(const Tensor& tensor, const char* op, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::float32;
-    case ScalarType::Double:
-      return Storage::float64;
-    case ScalarType::Half:
-      return Storage::float16;
-    case ScalarType::BFloat16:
-      return Storage::bfloat16;
-    default:
-      fail(op, ": ", argument, " must be float64, float32, float16 or bfloat16");
-  }
-}
-
 inline Family family_of(int64_t divergence, double alpha, const char* op) {
   require(divergence >= 0 && divergence < kDivergences, op, ": unknown divergence code ", divergence);
   return make_family(static_cast<Divergence>(divergence), alpha);
 }
-
-struct Rows {
-  int64_t rows, n;
-};
 
 inline Rows rows_of(const Tensor& h, const char* op, const char* argument) {
   const int64_t dims = h.dim();
@@ -39,21 +20,11 @@ inline Rows rows_of(const Tensor& h, const char* op, const char* argument) {
 }
 
 // [..., kStats] for h of shape [..., n].
-inline Tensor new_stats(const Tensor& h) {
-  int64_t sizes[16];
-  const int64_t dims = h.dim();
-  require(dims <= 16, "tensors of more than 16 dimensions are not supported, got ", dims);
-  for (int64_t d = 0; d + 1 < dims; ++d) sizes[d] = h.size(d);
-  sizes[dims - 1] = kStats;
-  return allocate(sizes, dims, ScalarType::Double, h);
-}
+inline Tensor new_stats(const Tensor& h) { return new_rows(h, kStats, ScalarType::Double); }
 
 // [...] for h of shape [..., n]; a loss in half precision would round away what it measures.
 inline Tensor new_values(const Tensor& h) {
-  int64_t sizes[16];
-  for (int64_t d = 0; d + 1 < h.dim(); ++d) sizes[d] = h.size(d);
-  return allocate(sizes, h.dim() - 1,
-                  h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, h);
+  return new_rows(h, -1, h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
 }
 
 inline RatioStats* stats_rows(const Tensor& stats) {

@@ -9,35 +9,6 @@
 
 namespace refine_ext::ops::draws {
 
-inline Storage storage_of(const Tensor& tensor, const char* op, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::float32;
-    case ScalarType::Double:
-      return Storage::float64;
-    case ScalarType::Half:
-      return Storage::float16;
-    case ScalarType::BFloat16:
-      return Storage::bfloat16;
-    default:
-      fail(op, ": ", argument, " must be float64, float32, float16 or bfloat16");
-  }
-}
-
-// Allocates [..., last], or [...] for last < 0, where `like` is [..., n].
-inline Tensor new_rows(const Tensor& like, int64_t last, ScalarType type) {
-  int64_t sizes[16];
-  const int64_t dims = like.dim();
-  require(dims <= 16, "tensors of more than 16 dimensions are not supported, got ", dims);
-  for (int64_t d = 0; d + 1 < dims; ++d) sizes[d] = like.size(d);
-  if (last >= 0) sizes[dims - 1] = last;
-  return allocate(sizes, last >= 0 ? dims : dims - 1, type, like);
-}
-
-struct Rows {
-  int64_t rows, n;
-};
-
 inline Rows rows_of(const Tensor& x, const char* op, const char* argument) {
   const int64_t dims = x.dim();
   require(dims >= 1, op, ": ", argument, " must have at least one dimension, got a 0-dim tensor");
