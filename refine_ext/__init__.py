@@ -20,27 +20,41 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .denoiser import RefinedDenoiser, post_cfg
     from .discriminator import Discriminator
     from .fit import fit_discriminator
+    from .modular import DiscriminatorGuidance
+    from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
-_LAZY = {"fit_discriminator": "fit", "Discriminator": "discriminator"}
+_LAZY = {
+    "fit_discriminator": "fit",
+    "Discriminator": "discriminator",
+    "DiscriminatorGuidance": "modular",
+    "RefinedDenoiser": "denoiser",
+    "post_cfg": "denoiser",
+    "wrap_scheduler": "schedulers",
+}
 
 __all__ = [
     "DensityRatio",
     "Discriminator",
+    "DiscriminatorGuidance",
     "Metropolis",
+    "RefinedDenoiser",
     "Rejection",
     "density_ratio",
     "divergences",
     "fit_discriminator",
     "logistic_loss",
     "metropolis",
+    "post_cfg",
     "rejection",
     "resample",
     "variational_bound",
+    "wrap_scheduler",
 ]
 
 
