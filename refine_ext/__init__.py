@@ -22,7 +22,9 @@ from .variational_bound import logistic_loss, variational_bound
 if TYPE_CHECKING:
     from .denoiser import RefinedDenoiser, post_cfg
     from .discriminator import Discriminator
+    from .edm import sample_edm
     from .fit import fit_discriminator
+    from .guide import Guide, VPSchedule
     from .modular import DiscriminatorGuidance
     from .schedulers import wrap_scheduler
 
@@ -30,11 +32,14 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
-    "fit_discriminator": "fit",
     "Discriminator": "discriminator",
     "DiscriminatorGuidance": "modular",
+    "Guide": "guide",
     "RefinedDenoiser": "denoiser",
+    "VPSchedule": "guide",
+    "fit_discriminator": "fit",
     "post_cfg": "denoiser",
+    "sample_edm": "edm",
     "wrap_scheduler": "schedulers",
 }
 
@@ -42,9 +47,11 @@ __all__ = [
     "DensityRatio",
     "Discriminator",
     "DiscriminatorGuidance",
+    "Guide",
     "Metropolis",
     "RefinedDenoiser",
     "Rejection",
+    "VPSchedule",
     "density_ratio",
     "divergences",
     "fit_discriminator",
@@ -53,6 +60,7 @@ __all__ = [
     "post_cfg",
     "rejection",
     "resample",
+    "sample_edm",
     "variational_bound",
     "wrap_scheduler",
 ]

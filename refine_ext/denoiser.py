@@ -8,16 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from .guidance import guided_step
-from .guide import Guide
+from .guide import Guide, PerSample
 
 # Which of the host's arguments the discriminator takes too: their names, or a function of all of them.
 Selection = Sequence[str] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def make_guide(discriminator: Guide | Callable[..., Tensor], weight: Any, options: Mapping[str, Any]) -> Guide:
-    """The guide of an adapter: a Guide has a weight of its own, which the adapter's default leaves alone."""
-    own = isinstance(discriminator, Guide) and isinstance(weight, (int, float)) and weight == 1.0
-    return Guide.of(discriminator, **options) if own else Guide.of(discriminator, weight=weight, **options)
+def guide_and_weight(
+    discriminator: Guide | Callable[..., Tensor], weight: PerSample, options: Mapping[str, Any]
+) -> tuple[Guide, float | Tensor]:
+    """The guide of an adapter and the weight beside its own: a function of the noise levels is the guide's to call."""
+    if callable(weight):
+        return Guide.of(discriminator, weight=weight, **options), 1.0
+    return Guide.of(discriminator, **options), weight
 
 
 def check_latent_scale(function: str, latent_scale: float) -> float:
@@ -79,7 +82,7 @@ class RefinedDenoiser(nn.Module):
     Args:
         net: ``(x, sigma, **extra) -> denoised``, x = x_0 + sigma eps of ``[B, ...]``; of a tuple the first is refined.
         discriminator: ``(x, sigma, **extra) -> h[B]``, or a :class:`Guide`.
-        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels.
+        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         discriminator_extra: which of the keyword arguments of a call (class_labels among them) the discriminator gets
             too: their names, or a function from the dict of all of them to the dict it gets.
         options: of :class:`Guide`: kind, divergence, shift, schedule, sigma_min, sigma_max, dtype, check.
@@ -102,7 +105,7 @@ class RefinedDenoiser(nn.Module):
         self,
         net: Callable[..., Tensor],
         discriminator: Guide | Callable[..., Tensor],
-        weight: float | Tensor | Callable[[Tensor], Tensor] = 1.0,
+        weight: PerSample = 1.0,
         *,
         discriminator_extra: Selection = (),
         **options: Any,
@@ -111,7 +114,7 @@ class RefinedDenoiser(nn.Module):
         if not callable(net):
             raise TypeError(f"RefinedDenoiser: net must be callable as (x, sigma), got {type(net).__name__}")
         self.net = net
-        self.guide = make_guide(discriminator, weight, options)
+        self.guide, self.weight = guide_and_weight(discriminator, weight, options)
         # A submodule, if it is a module: it moves to the device that this one moves to.
         self.discriminator = self.guide.discriminator
         self.discriminator_extra = _check_selection("RefinedDenoiser", discriminator_extra)
@@ -131,13 +134,15 @@ class RefinedDenoiser(nn.Module):
         output = self.net(x, sigma, **extra)
         denoised, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         chosen = _select(self.discriminator_extra, extra)
-        refined = refined_prediction(self.guide, denoised, x, sigma, parametrization="denoised", extra=chosen)
+        refined = refined_prediction(
+            self.guide, denoised, x, sigma, parametrization="denoised", weight=self.weight, extra=chosen
+        )
         return refined if others is None else (refined, *others)
 
 
 def post_cfg(
     discriminator: Guide | Callable[..., Tensor],
-    weight: float | Tensor | Callable[[Tensor], Tensor] = 1.0,
+    weight: PerSample = 1.0,
     *,
     flow: bool = False,
     latent_scale: float = 1.0,
@@ -151,7 +156,7 @@ def post_cfg(
 
     Args:
         discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`.
-        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels.
+        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         flow: the model is one of flow matching (SD3, Flux), x = (1 - sigma) x_0 + sigma eps.
         latent_scale: what the VAE's latents were multiplied by for the model (0.18215 for SD1), if the discriminator
             knows the unscaled ones.
@@ -171,7 +176,7 @@ def post_cfg(
     >>> refine({"denoised": torch.zeros(1, 2), "sigma": torch.tensor([2.0]), "input": torch.ones(1, 2)})
     tensor([[2., 2.]])
     """
-    guide = make_guide(discriminator, weight, options)
+    guide, w = guide_and_weight(discriminator, weight, options)
     latent_scale = check_latent_scale("post_cfg", latent_scale)
     _check_selection("post_cfg", discriminator_extra)
 
@@ -187,6 +192,7 @@ def post_cfg(
             parametrization="denoised",
             alpha=1.0 - args["sigma"] if flow else 1.0,
             latent_scale=latent_scale,
+            weight=w,
             extra=_select(discriminator_extra, args),
         )
 

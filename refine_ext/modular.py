@@ -15,8 +15,8 @@ except ImportError as error:
         'refine_ext.DiscriminatorGuidance needs diffusers 0.36 or later: pip install "refine-ext[diffusers]"'
     ) from error
 
-from .denoiser import check_latent_scale, make_guide, refined_prediction
-from .guide import Guide
+from .denoiser import check_latent_scale, guide_and_weight, refined_prediction
+from .guide import Guide, PerSample
 from .schedulers import Watch, noise_levels, parametrization, scheduler_family
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -36,7 +36,7 @@ class DiscriminatorGuidance(BaseGuidance):
     Args:
         discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`.
         scheduler: the pipeline's own, of the classes that wrap_scheduler takes: it knows the noise levels.
-        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels.
+        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         guider: the guider whose prediction is refined. None: the conditional prediction alone.
         latent_scale: what the pipeline multiplied latents by, if the discriminator knows the unscaled ones.
         discriminator_extra: keyword arguments for the discriminator: a dict, or a function from the timestep to one.
@@ -65,7 +65,7 @@ class DiscriminatorGuidance(BaseGuidance):
         self,
         discriminator: Guide | Callable[..., Tensor],
         scheduler: Any,
-        weight: float | Tensor | Callable[[Tensor], Tensor] = 1.0,
+        weight: PerSample = 1.0,
         *,
         guider: BaseGuidance | None = None,
         latent_scale: float = 1.0,
@@ -88,7 +88,7 @@ class DiscriminatorGuidance(BaseGuidance):
         self.family = scheduler_family("DiscriminatorGuidance", scheduler)
         self.latent_scale = check_latent_scale("DiscriminatorGuidance", latent_scale)
         self.discriminator_extra = discriminator_extra
-        self.guide = make_guide(discriminator, weight, options)
+        self.guide, self.weight = guide_and_weight(discriminator, weight, options)
         self._sample: Tensor | None = None
         self._hook: Any = None
         self._last_index: tuple[int, int] | None = None
@@ -199,6 +199,7 @@ class DiscriminatorGuidance(BaseGuidance):
             parametrization=parametrization("DiscriminatorGuidance", self.scheduler),
             alpha=alpha / norm,
             latent_scale=self.latent_scale,
+            weight=self.weight,
             extra=extra(self._timestep) if callable(extra) else extra,
         )
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import check_latent_scale, make_guide, refined_prediction
-from .guide import Guide
+from .denoiser import check_latent_scale, guide_and_weight, refined_prediction
+from .guide import Guide, PerSample
 
 # Schedulers by what their sample is: alpha x_0 + sigma eps with the level looked up by timestep, the model's input
 # divided by sqrt(1 + sigma^2) of x_0 + sigma eps, alpha^2 + sigma^2 = 1 (or flow) by step, flow.
@@ -115,10 +115,11 @@ class _Hook:
     """What the schedulers of one call of wrap_scheduler share: the wrapped one, its copies, and those rebuilt from
     its configuration by its own class."""
 
-    def __init__(self, guide: Guide, latent_scale: float, extra: Mapping[str, Any] | Callable[[Any], Any]) -> None:
+    def __init__(self, guide: Guide, weight: float | Tensor, latent_scale: float) -> None:
         self.guide = guide
+        self.weight = weight
         self.latent_scale = latent_scale
-        self.extra = extra
+        self.extra: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = {}
         self.watch: Watch | None = None
 
     def refine(self, scheduler: Any, family: str, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class _Hook:
             alpha=alpha,
             latent_scale=self.latent_scale,
             # The velocity is that of sample / norm.
-            weight=norm if kind == "velocity" else 1.0,
+            weight=self.weight * norm if kind == "velocity" else self.weight,
             extra=self.extra(timestep) if callable(self.extra) else self.extra,
         )
         return refined if variance is None else torch.cat([refined, variance], dim=1)
@@ -148,7 +149,7 @@ class _Hook:
 def wrap_scheduler(
     scheduler: Any,
     discriminator: Guide | Callable[..., Tensor],
-    weight: float | Tensor | Callable[[Tensor], Tensor] = 1.0,
+    weight: PerSample = 1.0,
     *,
     latent_scale: float = 1.0,
     discriminator_extra: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
@@ -170,7 +171,7 @@ def wrap_scheduler(
         scheduler: DDPM, DDIM, EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, DPMSolverMultistep, UniPCMultistep
             or FlowMatchEulerDiscrete of diffusers. It is copied and stays as it is.
         discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`.
-        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels.
+        weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         latent_scale: what the pipeline multiplied latents by (``vae.config.scaling_factor``), if the discriminator
             knows the unscaled ones.
         discriminator_extra: keyword arguments for the discriminator (labels, embeddings): a dict, or a function from
@@ -185,7 +186,7 @@ def wrap_scheduler(
         ValueError: one that is guided already, predicts something unknown, or inverts its sigmas; a latent_scale that
             is not positive; in a step, timesteps per token, and everything :class:`Guide` refuses.
 
-    Source: Kim et al. 2022, eq. 8; the parametrisations of Karras et al. 2022, Salimans and Ho 2022, Lipman et al. 2023.
+    Source: Kim et al. 2022, eq. 8, in the parametrisations of Salimans and Ho 2022 and of Lipman et al. 2023.
 
     >>> from diffusers import DDIMScheduler
     >>> guided = wrap_scheduler(DDIMScheduler(), lambda x, sigma: -x.square().sum(1), weight=0.0)
@@ -197,8 +198,8 @@ def wrap_scheduler(
         raise ValueError(
             f"wrap_scheduler: this {family} is guided already; {family}.from_config(scheduler.config) is a plain one"
         )
-    guide = make_guide(discriminator, weight, options)
-    hook = _Hook(guide, check_latent_scale("wrap_scheduler", latent_scale), {})
+    guide, weight = guide_and_weight(discriminator, weight, options)
+    hook = _Hook(guide, weight, check_latent_scale("wrap_scheduler", latent_scale))
     wrapped = copy.deepcopy(scheduler)
     wrapped.__class__ = _guided_class(type(scheduler), family, hook)
     wrapped.discriminator_extra = discriminator_extra

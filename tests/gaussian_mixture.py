@@ -22,9 +22,7 @@ class Mixture:
         alpha, sigma = (v.double().reshape(-1).expand(len(rows))[:, None] for v in (alpha, sigma))
         variance = alpha**2 * self.std**2 + sigma**2
         offsets = alpha[..., None] * self.means - rows[:, None]
-        log_parts = (
-            self.weights.log() - offsets.square().sum(-1) / (2 * variance) - rows.shape[1] / 2 * variance.log()
-        )
+        log_parts = self.weights.log() - offsets.square().sum(-1) / (2 * variance) - rows.shape[1] / 2 * variance.log()
         return log_parts, offsets, variance
 
     def log_density(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -53,7 +51,9 @@ def true_and_biased(dimension: int = 8) -> tuple[Mixture, Mixture]:
     generator = torch.Generator().manual_seed(7)
     means = torch.randn(3, dimension, generator=generator, dtype=torch.float64)
     shift = 0.3 * torch.randn(3, dimension, generator=generator, dtype=torch.float64)
-    return Mixture(means, 0.5, torch.tensor([0.5, 0.3, 0.2])), Mixture(means + shift, 0.6, torch.tensor([0.3, 0.3, 0.4]))
+    return Mixture(means, 0.5, torch.tensor([0.5, 0.3, 0.2])), Mixture(
+        means + shift, 0.6, torch.tensor([0.3, 0.3, 0.4])
+    )
 
 
 class LogRatio:

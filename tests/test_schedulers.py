@@ -1,9 +1,12 @@
-"""Wrapped schedulers of the installed diffusers: guided by the exact ratio, they walk as if the model were the true one."""
+"""Wrapped schedulers of the installed diffusers: guided by the exact ratio, they walk as with the true model."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -263,8 +266,6 @@ def take_a_step(scheduler) -> None:
 
 
 def test_copies_share_the_discriminator():
-    import copy
-
     discriminator = torch.nn.Module()
     discriminator.forward = lambda x, sigma: x.flatten(1).sum(1)
     guided = rx.wrap_scheduler(diffusers.DDIMScheduler(), discriminator)
@@ -285,9 +286,6 @@ def test_a_dropped_wrapper_warns():
 
 
 def test_an_unused_wrapper_warns_at_exit():
-    import subprocess
-    import sys
-
     code = (
         "import diffusers, refine_ext as rx\n"
         "guided = rx.wrap_scheduler(diffusers.DDIMScheduler(), lambda x, sigma: x.sum(1))\n"
@@ -298,11 +296,13 @@ def test_an_unused_wrapper_warns_at_exit():
 
 def test_schedulers_that_are_not_supported_are_named():
     discriminator = lambda x, sigma: x.sum(1)  # noqa: E731
-    with pytest.raises(TypeError, match=r"one of diffusers' DDPMScheduler, .*FlowMatchEulerDiscreteScheduler, got PNDM"):
+    with pytest.raises(
+        TypeError, match=r"one of diffusers' DDPMScheduler, .*FlowMatchEulerDiscreteScheduler, got PNDM"
+    ):
         rx.wrap_scheduler(diffusers.PNDMScheduler(), discriminator)
     with pytest.raises(TypeError, match="got NoneType"):
         rx.wrap_scheduler(None, discriminator)
-    with pytest.raises(ValueError, match="prediction_type must be one of epsilon, .* got 'nothing'"):
+    with pytest.raises(ValueError, match=r"prediction_type must be one of epsilon, .* got 'nothing'"):
         rx.wrap_scheduler(diffusers.DDIMScheduler(prediction_type="nothing"), discriminator)
     with pytest.raises(ValueError, match="invert_sigmas is not supported"):
         rx.wrap_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), discriminator)
@@ -310,15 +310,16 @@ def test_schedulers_that_are_not_supported_are_named():
         rx.wrap_scheduler(diffusers.DDIMScheduler(), 3)
     with pytest.raises(ValueError, match="latent_scale must be positive and finite, got 0"):
         rx.wrap_scheduler(diffusers.DDIMScheduler(), discriminator, latent_scale=0)
-    guide = rx.guide.Guide(discriminator)
-    with pytest.raises(ValueError, match="weight: give these to the Guide"):
-        rx.wrap_scheduler(diffusers.DDIMScheduler(), guide, weight=2.0)
+    with pytest.raises(ValueError, match="kind: give these to the Guide"):
+        rx.wrap_scheduler(diffusers.DDIMScheduler(), rx.Guide(discriminator), kind="logit")
 
 
 @pytest.mark.filterwarnings("ignore:wrap_scheduler")
 def test_bad_steps_are_named():
     guided = rx.wrap_scheduler(diffusers.DDIMScheduler(), lambda x, sigma: x.flatten(1).sum(1))
-    with pytest.raises(ValueError, match=r"guided already; DDIMScheduler.from_config\(scheduler.config\) is a plain one"):
+    with pytest.raises(
+        ValueError, match=r"guided already; DDIMScheduler.from_config\(scheduler.config\) is a plain one"
+    ):
         rx.wrap_scheduler(guided, lambda x, sigma: x.sum(1))
     guided.set_timesteps(2)
     with pytest.raises(ValueError, match=r"prediction must have the shape of its input, \[5, 2, 2, 2\], got \[5, 3,"):
