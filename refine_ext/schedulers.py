@@ -212,10 +212,10 @@ def wrap_scheduler(
     return wrapped
 
 
-def _guided_class(host: type, family: str, hook: _Hook) -> type:
+def _guided_class(host: Any, family: str, hook: _Hook) -> type:
     """A subclass of the scheduler's class, bound to one hook: what its from_config makes is guided too."""
 
-    class Guided(host):  # type: ignore[misc, valid-type]
+    class Guided(host):  # type: ignore[misc]
         _refine_hook = hook
         _guided_steps = 0
 
