@@ -241,7 +241,7 @@ def step(guider, sample, prediction, timestep, index=0, denoiser=None):
     """One step as the pipelines take it."""
     guider.set_state(index, STEPS, timestep)
     (batch,) = guider.prepare_inputs({"encoder_hidden_states": (prediction, None)})
-    denoiser = denoiser or torch.nn.Identity()
+    denoiser = torch.nn.Identity() if denoiser is None else denoiser
     guider.prepare_models(denoiser)
     denoiser(sample)
     batch.noise_pred = prediction
