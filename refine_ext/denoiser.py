@@ -103,7 +103,8 @@ class RefinedDenoiser(nn.Module):
 
     Source: Kim et al. 2022, eq. 8, for a denoiser (Karras et al. 2022, eq. 3).
 
-    >>> net = RefinedDenoiser(lambda x, sigma: x / (1 + sigma**2), lambda x, sigma: x.sum(1))
+    >>> import torch, refine_ext as rx
+    >>> net = rx.RefinedDenoiser(lambda x, sigma: x / (1 + sigma**2), lambda x, sigma: x.sum(1))
     >>> net(torch.ones(1, 2), torch.tensor(1.0))  # 1/2 + sigma^2
     tensor([[1.5000, 1.5000]])
     """
@@ -179,7 +180,8 @@ def post_cfg(
 
     Source: Kim et al. 2022, eq. 8.
 
-    >>> refine = post_cfg(lambda x, sigma: x.sum(1), weight=0.5)
+    >>> import torch, refine_ext as rx
+    >>> refine = rx.post_cfg(lambda x, sigma: x.sum(1), weight=0.5)
     >>> refine({"denoised": torch.zeros(1, 2), "sigma": torch.tensor([2.0]), "input": torch.ones(1, 2)})
     tensor([[2., 2.]])
     """

@@ -56,8 +56,9 @@ class DiscriminatorGuidance(BaseGuidance):
 
     Source: Kim et al. 2022, eq. 8.
 
+    >>> import refine_ext as rx
     >>> from diffusers import ClassifierFreeGuidance, DDIMScheduler
-    >>> guider = DiscriminatorGuidance(lambda x, s: x.sum(1), DDIMScheduler(), guider=ClassifierFreeGuidance(3.0))
+    >>> guider = rx.DiscriminatorGuidance(lambda x, s: x.sum(1), DDIMScheduler(), guider=ClassifierFreeGuidance(3.0))
     >>> guider.num_conditions
     2
     """

@@ -188,8 +188,9 @@ def wrap_scheduler(
 
     Source: Kim et al. 2022, eq. 8, in the parametrisations of Salimans and Ho 2022 and of Lipman et al. 2023.
 
+    >>> import torch, refine_ext as rx
     >>> from diffusers import DDIMScheduler
-    >>> guided = wrap_scheduler(DDIMScheduler(), lambda x, sigma: -x.square().sum(1), weight=0.0)
+    >>> guided = rx.wrap_scheduler(DDIMScheduler(), lambda x, sigma: -x.square().sum(1), weight=0.0)
     >>> guided.set_timesteps(1); guided.step(torch.zeros(1, 2), 0, torch.ones(1, 2)).pred_original_sample
     tensor([[1., 1.]])
     """

@@ -12,8 +12,10 @@ import warnings
 import pytest
 import torch
 from gaussian_mixture import LogRatio, true_and_biased
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refine_ext as rx
+from refine_ext.schedulers import noise_levels
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -73,6 +75,7 @@ def levels_of_input(scheduler, name: str, index: int, timestep) -> tuple[float, 
 def walk(scheduler, name: str, mixture, options: dict, x: torch.Tensor, steps: int = STEPS) -> list[torch.Tensor]:
     """The states of a run with the mixture's own prediction as the model."""
     scheduler.set_timesteps(steps)
+    torch.manual_seed(3)  # of those that do not use the generator for all they draw
     generator = torch.Generator().manual_seed(3)
     takes = inspect.signature(scheduler.step).parameters
     options = {**options, **({"generator": generator} if "generator" in takes else {})}
@@ -100,7 +103,8 @@ def test_guided_trajectory_is_the_true_models(name, config, options):
     got = walk(guided, name, BIASED, options, noise)
     want = walk(make(**config), name, TRUE, options, noise)
     unguided = walk(make(**config), name, BIASED, options, noise)
-    assert len(discriminator.levels) == len(guided.timesteps)
+    at_pure_noise = name.startswith("FlowMatch")  # its first step, where the discriminator is not asked
+    assert len(discriminator.levels) == len(guided.timesteps) - at_pure_noise
     # Of a state of up to 157: those that compute in float32 round every step by 6e-8 (measured: 4e-6); Heun keeps
     # float64 but divides the model's input by a float32 norm, so that model and discriminator are asked 6e-8 apart
     # (measured: 7e-9); the others keep 1e-16, which grows with the distance of neighbouring trajectories.
@@ -333,6 +337,45 @@ def test_bad_steps_are_named():
     nan.set_timesteps(2)
     with pytest.raises(ValueError, match="discriminator returned NaN"):
         nan.step(torch.zeros(SHAPE), nan.timesteps[0], torch.zeros(SHAPE))
+
+
+def test_a_timestep_on_the_device_is_looked_up_there():
+    """A fake CUDA tensor has no value that could be waited for: asking for one is an error."""
+    scheduler = diffusers.DDIMScheduler()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        timestep = torch.empty((), dtype=torch.int64, device="cuda")
+        alpha, sigma, norm = noise_levels(scheduler, "DDIMScheduler", timestep)
+    assert alpha.device.type == sigma.device.type == "cuda" and norm == 1.0
+
+
+def pull(direction):
+    return lambda x, sigma: 0.1 * (x * direction).flatten(1).sum(1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", sorted({case[0] for case in CASES + FLOW_CASES}))
+def test_on_cuda(name):
+    """As on the CPU, and after the first step, whose values are looked at, the correction waits for nothing."""
+    make, states = getattr(diffusers, name), []
+    direction, x, output = torch.randn(3, *SHAPE)
+    for device in ("cpu", "cuda"):
+        guided = rx.wrap_scheduler(make(), pull(direction.to(device)))
+        guided.set_timesteps(5, device=device)
+        state = x.to(device)
+        for timestep in guided.timesteps[:3]:
+            if hasattr(guided, "scale_model_input"):
+                guided.scale_model_input(state, timestep)
+            generator = {"generator": torch.Generator().manual_seed(0)}
+            taken = generator if "generator" in inspect.signature(guided.step).parameters else {}
+            state = guided.step(output.to(device), timestep, state, **taken).prev_sample
+        states.append(state.cpu())
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-4)
+    arguments = (output.cuda(), guided.timesteps[3], state)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        guided._refine_hook.refine(guided, name, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # Real pipelines, with a small random network.
