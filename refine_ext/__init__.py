@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
-from . import _C, _library, _ops  # noqa: F401  (loads the libraries, registers the ops)
+from . import _C, _library, _ops, _ops_guidance  # noqa: F401  (loads the libraries, registers the ops)
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample
@@ -22,11 +22,18 @@ from .variational_bound import logistic_loss, variational_bound
 if TYPE_CHECKING:
     from .discriminator import Discriminator
     from .fit import fit_discriminator
+    from .guidance import guided_score, guided_step, philox_normal
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
-_LAZY = {"fit_discriminator": "fit", "Discriminator": "discriminator"}
+_LAZY = {
+    "fit_discriminator": "fit",
+    "Discriminator": "discriminator",
+    "guided_score": "guidance",
+    "guided_step": "guidance",
+    "philox_normal": "guidance",
+}
 
 __all__ = [
     "DensityRatio",
@@ -36,8 +43,11 @@ __all__ = [
     "density_ratio",
     "divergences",
     "fit_discriminator",
+    "guided_score",
+    "guided_step",
     "logistic_loss",
     "metropolis",
+    "philox_normal",
     "rejection",
     "resample",
     "variational_bound",
