@@ -134,7 +134,9 @@ class Guide:
             raise ValueError(f"{', '.join(given)}: give these to the Guide, which is already made")
         return discriminator
 
-    def __call__(self, x: Tensor, sigma: float | Tensor, *, alpha: float | Tensor = 1.0, **extra: Any) -> GuideOutput:
+    def __call__(
+        self, x: Tensor, sigma: float | Tensor, *, alpha: float | Tensor = 1.0, **extra: Any
+    ) -> GuideOutput:
         """The discriminator's output and its gradient in x, for x = alpha x_0 + sigma eps.
 
         Works under ``no_grad`` and ``inference_mode``; the result is detached.
@@ -161,9 +163,7 @@ class Guide:
         def output(state: Tensor) -> Tensor:
             h = self.discriminator(state * scale, time, **extra)
             if not isinstance(h, Tensor):
-                raise TypeError(
-                    f"Guide: discriminator must return a tensor of [{batch}] outputs, got {type(h).__name__}"
-                )
+                raise TypeError(f"Guide: discriminator must return a tensor of [{batch}] outputs, got {type(h).__name__}")
             if h.shape not in ((batch,), (batch, 1)):
                 raise ValueError(f"Guide: discriminator must return [{batch}] or [{batch}, 1], got {list(h.shape)}")
             return h.reshape(batch)
@@ -233,9 +233,7 @@ class Guide:
             (gradient,) = torch.autograd.grad(h.sum(), state, allow_unused=True)
             if gradient is not None:
                 return gradient
-        raise ValueError(
-            "Guide: discriminator's output has no gradient in x; is it computed under no_grad or detached?"
-        )
+        raise ValueError("Guide: discriminator's output has no gradient in x; is it computed under no_grad or detached?")
 
     def _look(self, h: Tensor, gradient: Tensor, ratio: Tensor) -> None:
         inside = (ratio >= self.sigma_min) & (ratio <= self.sigma_max)
@@ -247,9 +245,7 @@ class Guide:
         if h.device.type == "cpu":
             self.finish()
         if self.calls == 0 and bool(((h >= 0) & (h <= 1)).all()) and float(h.amax() - h.amin()) > 0:
-            message = (
-                "Guide: every output of the discriminator is in [0, 1]: are these probabilities? Logits are needed"
-            )
+            message = "Guide: every output of the discriminator is in [0, 1]: are these probabilities? Logits are needed"
             if h.numel() >= _ENOUGH_FOR_PROBABILITIES:
                 raise ValueError(message + " (check=False if they are logits)")
             warnings.warn(message, stacklevel=4)
