@@ -92,7 +92,8 @@ class RefinedDenoiser(nn.Module):
         weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         discriminator_extra: which of the keyword arguments of a call (class_labels among them) the discriminator gets
             too: their names, or a function from the dict of all of them to the dict it gets.
-        options: of :class:`Guide`: kind, divergence, shift, schedule, sigma_min, sigma_max, dtype, check.
+        options: of :class:`Guide`: kind, divergence, shift, schedule, sigma_min, sigma_max, dtype, check. On CUDA its
+            ``guide.finish()``, after a run, says whether the discriminator made NaN.
 
     Returns (forward):
         The refined denoised x_0, in the denoiser's dtype; sigma may be a number, 0-dim, ``[B]`` or ``[B, 1, 1, 1]``.

@@ -18,7 +18,7 @@ except ImportError as error:
 
 from .denoiser import check_latent_scale, guide_and_weight, refined_prediction
 from .guide import Guide, PerSample
-from .schedulers import Watch, noise_levels, parametrization, scheduler_family
+from .schedulers import Watch, check_range, noise_levels, parametrization, scheduler_family
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -190,10 +190,14 @@ class DiscriminatorGuidance(BaseGuidance):
         output = self.guider.forward(*args, **predictions)
         if self._guides_now():
             output = type(output)(**{**output, "pred": self._refined(output.pred)})
+        if self._step == len(self.scheduler.timesteps) - 1:
+            self.guide.finish()
         return output
 
     def _refined(self, prediction: Tensor) -> Tensor:
         x = _like(self._sample, prediction)
+        if self._step == int(self._start * (self._num_inference_steps or 0)):
+            check_range("DiscriminatorGuidance", self.guide, self.scheduler, self.family, self.latent_scale)
         alpha, sigma, norm = noise_levels(self.scheduler, self.family, self._timestep)
         self._check_scheduler()
         extra = self.discriminator_extra

@@ -99,6 +99,23 @@ def _level(value: Tensor) -> Any:
     return value.item() if value.device.type == "cpu" else value.double()
 
 
+def check_range(function: str, guide: Guide, scheduler: Any, family: str, latent_scale: float) -> None:
+    """A ValueError if none of the levels of a run, sigma / (alpha latent_scale), is in the guide's range."""
+    if family in _BY_TIMESTEP:
+        signal = scheduler.alphas_cumprod.cpu()[scheduler.timesteps.cpu().long()].double()
+        levels = ((1.0 - signal) / signal).sqrt()
+    else:
+        levels = scheduler.sigmas[:-1].cpu().double()
+        if family in _FLOW or scheduler.config.get("use_flow_sigmas"):
+            levels = levels / (1.0 - levels)
+    found = (levels / latent_scale).tolist()
+    if not any(map(guide.covers, found)):
+        raise ValueError(
+            f"{function}: none of the scheduler's noise levels, {min(found):.4g} to {max(found):.4g}, is in the "
+            f"discriminator's range, {guide.sigma_min:.4g} to {guide.sigma_max:.4g}: nothing would be guided"
+        )
+
+
 class Watch:
     """Warns when its owner goes, or the program ends, without a run."""
 
@@ -184,7 +201,8 @@ def wrap_scheduler(
     Raises:
         TypeError: a scheduler that is not supported (the message lists those that are).
         ValueError: one that is guided already, predicts something unknown, or inverts its sigmas; a latent_scale that
-            is not positive; in a step, timesteps per token, and everything :class:`Guide` refuses.
+            is not positive; in set_timesteps, levels all outside the guide's range; in a step, timesteps per token,
+            and everything :class:`Guide` refuses (NaN on CUDA after the last step).
 
     Source: Kim et al. 2022, eq. 8, in the parametrisations of Salimans and Ho 2022 and of Lipman et al. 2023.
 
@@ -241,6 +259,7 @@ def _guided_class(host: Any, family: str, hook: _Hook) -> type:
             hook.guide.finish()
             super().set_timesteps(*args, **kwargs)
             self._guided_steps = 0
+            check_range("wrap_scheduler", hook.guide, self, family, hook.latent_scale)
 
         @functools.wraps(host.step)
         def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:

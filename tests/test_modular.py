@@ -342,6 +342,13 @@ def test_a_scheduler_of_another_pipeline_is_an_error(host):
         run(pipe, host, conditions, torch.randn(BATCH, CHANNELS, SIZE, SIZE))
 
 
+def test_a_range_that_no_step_is_in_is_an_error(host):
+    denoiser, scheduler, conditions = host.denoiser(), host.scheduler(**host.options), host.conditions()
+    pipe = pipeline(host, denoiser, scheduler, rx.DiscriminatorGuidance(discriminator, scheduler, sigma_min=1e5))
+    with pytest.raises(ValueError, match="DiscriminatorGuidance: none of the scheduler's noise levels"):
+        run(pipe, host, conditions, torch.randn(BATCH, CHANNELS, SIZE, SIZE))
+
+
 def test_bad_arguments_are_named():
     scheduler = diffusers.DDIMScheduler()
     with pytest.raises(TypeError, match="DiscriminatorGuidance: scheduler must be one of diffusers' DDPM"):

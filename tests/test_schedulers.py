@@ -179,6 +179,18 @@ def test_weight_shift_and_range_are_the_guides():
         torch.testing.assert_close(guided.step(noise, timestep, x).prev_sample, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", sorted({case[0] for case in CASES + FLOW_CASES}))
+def test_a_range_that_no_step_is_in_is_an_error(name):
+    make = getattr(diffusers, name)
+    discriminator = lambda x, sigma: x.flatten(1).sum(1)  # noqa: E731
+    guided = rx.wrap_scheduler(make(), discriminator, sigma_min=1e5)
+    with pytest.raises(ValueError, match=r"none of the scheduler's noise levels, .* range, 1e\+05 to inf: nothing"):
+        guided.set_timesteps(5)
+    # 5e4 <= sigma / latent_scale for sigma = 1 and more, which every scheduler has.
+    guided = rx.wrap_scheduler(make(), discriminator, sigma_min=5e4, latent_scale=2e-5)
+    take_a_step(guided)
+
+
 def test_learned_variance_is_left_alone():
     config = {"variance_type": "learned_range", "clip_sample": False}
     plain = diffusers.DDPMScheduler(**config)
@@ -264,7 +276,7 @@ def test_wrapper_is_a_scheduler_of_its_class(name, tmp_path):
 
 
 def take_a_step(scheduler) -> None:
-    scheduler.set_timesteps(2)
+    scheduler.set_timesteps(5)
     x = torch.randn(SHAPE)
     scheduler.step(x, scheduler.timesteps[0], x)
 
