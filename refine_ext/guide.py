@@ -238,6 +238,9 @@ class Guide:
         and the range of noise levels."""
         sigma, alpha = per_sample(sigma, h, "sigma"), per_sample(alpha, h, "alpha")
         w = _at(self.weight, sigma / alpha)
+        for value in (w, weight):
+            if isinstance(value, Tensor):
+                per_sample(value, h, "weight")
         return guidance_factor(
             h,
             divergence=self.divergence,
