@@ -225,7 +225,9 @@ def test_in_edms_sampler():
     # float64 rounding of states of up to 300, grown by the distance of neighbouring trajectories.
     torch.testing.assert_close(by_denoiser, by_sampler, rtol=1e-9, atol=1e-9)
     true = rx.sample_edm(lambda x, sigma: denoise(TRUE, x, sigma), noise, **options)
-    torch.testing.assert_close(rx.sample_edm(rx.RefinedDenoiser(net, RATIO), noise, **options), true, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        rx.sample_edm(rx.RefinedDenoiser(net, RATIO), noise, **options), true, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("flow", [False, True])
