@@ -33,6 +33,7 @@ def check_latent_scale(function: str, latent_scale: float) -> float:
 
 
 def refined_prediction(
+    function: str,
     guide: Guide,
     prediction: Tensor,
     x: Tensor,
@@ -51,7 +52,8 @@ def refined_prediction(
     """
     if prediction.shape != x.shape:
         raise ValueError(
-            f"the model's prediction must have the shape of its input, {list(x.shape)}, got {list(prediction.shape)}"
+            f"{function}: the model's prediction must have the shape of its input, {list(x.shape)}, "
+            f"got {list(prediction.shape)}"
         )
     signal = alpha * latent_scale
     if (
@@ -148,7 +150,14 @@ class RefinedDenoiser(nn.Module):
         denoised, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         chosen = _select(self.discriminator_extra, extra)
         refined = refined_prediction(
-            self.guide, denoised, x, sigma, parametrization="denoised", weight=self.weight, extra=chosen
+            "RefinedDenoiser",
+            self.guide,
+            denoised,
+            x,
+            sigma,
+            parametrization="denoised",
+            weight=self.weight,
+            extra=chosen,
         )
         return refined if others is None else (refined, *others)
 
@@ -199,6 +208,7 @@ def post_cfg(
         if missing:
             raise ValueError(f"post_cfg: args must have denoised, sigma and input, got no {', '.join(missing)}")
         return refined_prediction(
+            "post_cfg",
             guide,
             args["denoised"],
             args["input"],

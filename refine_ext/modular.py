@@ -35,7 +35,8 @@ class DiscriminatorGuidance(BaseGuidance):
     (Z-Image) or leave hooks out (Ideogram 4) are for :func:`refine_ext.wrap_scheduler`, which guides any of them.
 
     Args:
-        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`.
+        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`, on the pipeline's
+            device.
         scheduler: the pipeline's own, of the classes that wrap_scheduler takes: it knows the noise levels.
         weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         guider: the guider whose prediction is refined. None: the conditional prediction alone.
@@ -202,6 +203,7 @@ class DiscriminatorGuidance(BaseGuidance):
         self._check_scheduler()
         extra = self.discriminator_extra
         return refined_prediction(
+            "DiscriminatorGuidance",
             self.guide,
             prediction,
             x,

@@ -149,6 +149,7 @@ class _Hook:
         if model_output.dim() > 1 and model_output.shape[1] == 2 * channels:  # a learned variance follows
             model_output, variance = model_output.split(channels, dim=1)
         refined = refined_prediction(
+            "wrap_scheduler",
             self.guide,
             model_output,
             sample,
@@ -187,7 +188,8 @@ def wrap_scheduler(
     Args:
         scheduler: DDPM, DDIM, EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, DPMSolverMultistep, UniPCMultistep
             or FlowMatchEulerDiscrete of diffusers. It is copied and stays as it is.
-        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`.
+        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`. On the pipeline's
+            device: ``pipe.to`` does not move it.
         weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         latent_scale: what the pipeline multiplied latents by (``vae.config.scaling_factor``), if the discriminator
             knows the unscaled ones.

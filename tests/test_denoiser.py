@@ -270,7 +270,10 @@ def test_bad_arguments_are_named():
         rx.RefinedDenoiser(biased, RATIO, discriminator_extra="labels")
     with pytest.raises(ValueError, match="give these to the Guide"):
         rx.RefinedDenoiser(biased, rx.Guide(RATIO), divergence="kl")
-    with pytest.raises(ValueError, match=r"shape of its input, \[5, 2, 2, 2\], got \[5, 8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"RefinedDenoiser: the model's prediction must have the shape of its input, \[5, 2, 2, 2\], got \[5, 8\]",
+    ):
         rx.RefinedDenoiser(lambda x, s: x.flatten(1), RATIO)(states(), 1.0)
     with pytest.raises(ValueError, match=r"must return \[5\] or \[5, 1\], got \[5, 8\]"):
         rx.RefinedDenoiser(biased, lambda x, s: x.flatten(1))(states(), 1.0)
