@@ -84,6 +84,15 @@ SCHEDULERS = [
 ]
 
 
+def small_vae():
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=1,
+    )
+
+
 @pytest.fixture(scope="module")
 def stable_diffusion():
     """The pipeline with prompts given as embeddings."""
@@ -101,14 +110,8 @@ def stable_diffusion():
         cross_attention_dim=8,
         attention_head_dim=2,
     ).eval()
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=1,
-    )
     pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
+        vae=small_vae(),
         text_encoder=None,
         tokenizer=None,
         unet=unet,
@@ -121,11 +124,18 @@ def stable_diffusion():
     return pipe
 
 
+@pytest.mark.parametrize("start", ["noise", "image"])
 @pytest.mark.parametrize(("name", "config"), SCHEDULERS)
-def test_stable_diffusion(name, config, stable_diffusion):
+def test_stable_diffusion(name, config, start, stable_diffusion):
     """Latents, of a discriminator of the VAE's unscaled ones, with classifier-free guidance; again a corrected network
-    is the reference. The pipeline looks for eta and generator in the signature of step."""
+    is the reference. The pipeline looks for eta and generator in the signature of step; from an image it begins in the
+    middle of the schedule."""
     pipe, make = stable_diffusion, getattr(diffusers, name)
+    given = {"height": 32, "width": 32}
+    if start == "image":
+        pipe = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        given = {"image": torch.randn(2, 4, 4, 4), "strength": 0.7}
     embeddings = {"prompt_embeds": torch.randn(2, 3, 8), "negative_prompt_embeds": torch.randn(2, 3, 8)}
     direction = 0.05 * torch.randn(4, 4, 4)
     scale = pipe.vae.config.scaling_factor
@@ -136,8 +146,7 @@ def test_stable_diffusion(name, config, stable_diffusion):
         generator = torch.Generator().manual_seed(4)
         return pipe(
             **embeddings,
-            height=32,
-            width=32,
+            **given,
             num_inference_steps=5,
             guidance_scale=3.0,
             eta=0.5,
@@ -160,3 +169,47 @@ def test_stable_diffusion(name, config, stable_diffusion):
     # float32 rounding, which 5 steps from sigma = 157 of a guided network grow.
     assert (got - want).abs().max() < 1e-4 * size
     assert (plain - want).abs().max() > 1e-2 * size
+
+
+def test_stable_diffusion_3():
+    """Flow matching: velocities of x = (1 - sigma) x_0 + sigma eps. Its first step, pure noise, is not guided."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(2)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        pos_embed_max_size=8,
+    ).eval()
+    encoders = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.StableDiffusion3Pipeline(transformer=transformer, vae=small_vae(), scheduler=scheduler, **encoders)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = {f"{kind}prompt_embeds": torch.randn(2, 3, 8) for kind in ("", "negative_")}
+    prompts |= {f"{kind}pooled_prompt_embeds": torch.randn(2, 8) for kind in ("", "negative_")}
+    direction = 0.5 * torch.randn(4, 4, 4)
+
+    def run():
+        generator = torch.Generator().manual_seed(4)
+        options = {"height": 32, "width": 32, "num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "latent"}
+        return pipe(**prompts, **options, generator=generator).images
+
+    def correct(module, args, kwargs, output):
+        sigma = kwargs["timestep"][0] / 1000
+        return output if sigma == 1 else (output[0] - sigma / (1 - sigma) ** 2 * direction,)
+
+    plain = run()
+    hook = transformer.register_forward_hook(correct, with_kwargs=True)
+    want = run()
+    hook.remove()
+    pipe.scheduler = rx.wrap_scheduler(pipe.scheduler, lambda x, sigma: (x * direction).flatten(1).sum(1))
+    # float32 rounding of states of a hundred at most.
+    torch.testing.assert_close(run(), want, rtol=1e-4, atol=1e-3)
+    assert (plain - want).abs().max() > 1
