@@ -20,21 +20,30 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
     from .fit import fit_discriminator
+    from .fit_diffusion import fit_diffusion_discriminator
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
-_LAZY = {"fit_discriminator": "fit", "Discriminator": "discriminator"}
+_LAZY = {
+    "DiffusionDiscriminator": "diffusion_discriminator",
+    "Discriminator": "discriminator",
+    "fit_diffusion_discriminator": "fit_diffusion",
+    "fit_discriminator": "fit",
+}
 
 __all__ = [
     "DensityRatio",
+    "DiffusionDiscriminator",
     "Discriminator",
     "Metropolis",
     "Rejection",
     "density_ratio",
     "divergences",
+    "fit_diffusion_discriminator",
     "fit_discriminator",
     "logistic_loss",
     "metropolis",
