@@ -22,8 +22,10 @@ from .variational_bound import logistic_loss, variational_bound
 if TYPE_CHECKING:
     from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
+    from .edm import sample_edm
     from .fit import fit_discriminator
     from .fit_diffusion import fit_diffusion_discriminator
+    from .guide import Guide, VPSchedule
 
 __version__: str = _C.build_info()["version"]
 
@@ -31,16 +33,21 @@ __version__: str = _C.build_info()["version"]
 _LAZY = {
     "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
+    "Guide": "guide",
+    "VPSchedule": "guide",
     "fit_diffusion_discriminator": "fit_diffusion",
     "fit_discriminator": "fit",
+    "sample_edm": "edm",
 }
 
 __all__ = [
     "DensityRatio",
     "DiffusionDiscriminator",
     "Discriminator",
+    "Guide",
     "Metropolis",
     "Rejection",
+    "VPSchedule",
     "density_ratio",
     "divergences",
     "fit_diffusion_discriminator",
@@ -49,6 +56,7 @@ __all__ = [
     "metropolis",
     "rejection",
     "resample",
+    "sample_edm",
     "variational_bound",
 ]
 
