@@ -20,9 +20,11 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
+    from .fit_diffusion import fit_diffusion_discriminator
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
 
@@ -30,9 +32,11 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
     "Guide": "guide",
     "VPSchedule": "guide",
+    "fit_diffusion_discriminator": "fit_diffusion",
     "fit_discriminator": "fit",
     "guided_score": "guidance",
     "guided_step": "guidance",
@@ -42,6 +46,7 @@ _LAZY = {
 
 __all__ = [
     "DensityRatio",
+    "DiffusionDiscriminator",
     "Discriminator",
     "Guide",
     "Metropolis",
@@ -49,6 +54,7 @@ __all__ = [
     "VPSchedule",
     "density_ratio",
     "divergences",
+    "fit_diffusion_discriminator",
     "fit_discriminator",
     "guided_score",
     "guided_step",
