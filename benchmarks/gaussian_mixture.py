@@ -1,4 +1,4 @@
-"""Gaussian mixtures diffused in closed form: a true one, a biased model of it, and the exact ratio at every noise level.
+"""Gaussian mixtures diffused in closed form: a true one, a biased model of it, and their exact ratio at every level.
 
 A mixture of N(mu_k, s_k^2 I) plus sigma times standard normal noise is the mixture of N(mu_k, (s_k^2 + sigma^2) I).
 """
@@ -60,21 +60,23 @@ def problem(d: int) -> Problem:
     """In two dimensions four modes, in more five, with every fault at once."""
     random = torch.Generator().manual_seed(d)
     if d == 2:
+        weights, scales = [0.4, 0.3, 0.2, 0.1], [0.5, 0.6, 0.4, 0.5]
         means = torch.tensor([[2.0, 0.0], [0.0, 2.5], [-2.0, -0.5], [0.5, -2.0]], dtype=torch.float64)
-        true = Mixture(torch.tensor([0.4, 0.3, 0.2, 0.1]).double(), means, torch.tensor([0.5, 0.6, 0.4, 0.5]).double())
-        narrow, moved = 0.8, 0.2
+        narrow = 0.8
     else:
+        weights, scales = [0.3, 0.25, 0.2, 0.15, 0.1], [0.5, 0.55, 0.6, 0.7, 0.8]
         means = torch.randn(5, d, generator=random, dtype=torch.float64) * (3 / math.sqrt(d))
-        weights = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1], dtype=torch.float64)
-        true = Mixture(weights, means, torch.linspace(0.5, 0.8, 5, dtype=torch.float64))
-        narrow, moved = 0.9, 0.2
+        narrow = 0.9
+    true = Mixture(torch.tensor(weights, dtype=torch.float64), means, torch.tensor(scales, dtype=torch.float64))
     shift = torch.randn(true.means.shape, generator=random, dtype=torch.float64)
-    shift = moved * shift / shift.norm(dim=1, keepdim=True)
+    shift = 0.2 * shift / shift.norm(dim=1, keepdim=True)
     biased = replace(true, weights=true.weights.flip(0), means=true.means + shift, scales=narrow * true.scales)
     return Problem(true, biased)
 
 
-def log_density_of_samples(sampler: Callable[[Tensor], Tensor], noise: Tensor, h: float = 1e-5) -> tuple[Tensor, Tensor]:
+def log_density_of_samples(
+    sampler: Callable[[Tensor], Tensor], noise: Tensor, h: float = 1e-5
+) -> tuple[Tensor, Tensor]:
     """Samples of a deterministic sampler, and the exact log-density they have: log N(noise; 0, I) - log |det J|.
 
     The sampler is a smooth map of noise ``[B, d]``, taken as it is, discretisation and all. J comes of central

@@ -21,9 +21,11 @@ from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
     from .denoiser import RefinedDenoiser, post_cfg
+    from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
+    from .fit_diffusion import fit_diffusion_discriminator
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
     from .modular import DiscriminatorGuidance
@@ -33,11 +35,13 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
     "DiscriminatorGuidance": "modular",
     "Guide": "guide",
     "RefinedDenoiser": "denoiser",
     "VPSchedule": "guide",
+    "fit_diffusion_discriminator": "fit_diffusion",
     "fit_discriminator": "fit",
     "guided_score": "guidance",
     "guided_step": "guidance",
@@ -49,6 +53,7 @@ _LAZY = {
 
 __all__ = [
     "DensityRatio",
+    "DiffusionDiscriminator",
     "Discriminator",
     "DiscriminatorGuidance",
     "Guide",
@@ -58,6 +63,7 @@ __all__ = [
     "VPSchedule",
     "density_ratio",
     "divergences",
+    "fit_diffusion_discriminator",
     "fit_discriminator",
     "guided_score",
     "guided_step",
