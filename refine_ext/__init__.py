@@ -20,9 +20,11 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
+    from .fit_diffusion import fit_diffusion_discriminator
     from .guide import Guide, VPSchedule
 
 __version__: str = _C.build_info()["version"]
@@ -34,10 +36,13 @@ _LAZY = {
     "VPSchedule": "guide",
     "fit_discriminator": "fit",
     "sample_edm": "edm",
+    "DiffusionDiscriminator": "diffusion_discriminator",
+    "fit_diffusion_discriminator": "fit_diffusion",
 }
 
 __all__ = [
     "DensityRatio",
+    "DiffusionDiscriminator",
     "Discriminator",
     "Guide",
     "Metropolis",
@@ -45,6 +50,7 @@ __all__ = [
     "VPSchedule",
     "density_ratio",
     "divergences",
+    "fit_diffusion_discriminator",
     "fit_discriminator",
     "logistic_loss",
     "metropolis",
