@@ -20,32 +20,41 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .denoiser import RefinedDenoiser, post_cfg
     from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
     from .fit_diffusion import fit_diffusion_discriminator
     from .guide import Guide, VPSchedule
+    from .modular import DiscriminatorGuidance
+    from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
     "Discriminator": "discriminator",
+    "DiscriminatorGuidance": "modular",
     "Guide": "guide",
+    "RefinedDenoiser": "denoiser",
     "VPSchedule": "guide",
     "fit_discriminator": "fit",
+    "post_cfg": "denoiser",
     "sample_edm": "edm",
     "DiffusionDiscriminator": "diffusion_discriminator",
     "fit_diffusion_discriminator": "fit_diffusion",
+    "wrap_scheduler": "schedulers",
 }
 
 __all__ = [
     "DensityRatio",
     "DiffusionDiscriminator",
     "Discriminator",
+    "DiscriminatorGuidance",
     "Guide",
     "Metropolis",
+    "RefinedDenoiser",
     "Rejection",
     "VPSchedule",
     "density_ratio",
@@ -54,10 +63,12 @@ __all__ = [
     "fit_discriminator",
     "logistic_loss",
     "metropolis",
+    "post_cfg",
     "rejection",
     "resample",
     "sample_edm",
     "variational_bound",
+    "wrap_scheduler",
 ]
 
 
