@@ -18,6 +18,25 @@ from .guidance import guidance_factor
 _ENOUGH_FOR_PROBABILITIES = 16
 
 
+def refuse_probability_layer(function: str, discriminator: Callable[..., Tensor]) -> None:
+    """Raise if the discriminator is a module whose last layer makes probabilities."""
+    last = list(discriminator.modules())[-1] if isinstance(discriminator, nn.Module) else None
+    if isinstance(last, (nn.Sigmoid, nn.Softmax)):
+        raise ValueError(
+            f"{function}: discriminator ends in {type(last).__name__} and so returns probabilities; give its logits "
+            "(the output before that layer, or torch.logit of it, clipped as you choose)"
+        )
+
+
+def refuse_probabilities(function: str, h: Tensor) -> None:
+    """Raise if a batch of outputs looks like probabilities, warn if it is small; waits for the device."""
+    if bool(((h >= 0) & (h <= 1)).all()) and float(h.amax() - h.amin()) > 0:
+        message = f"{function}: every output of the discriminator is in [0, 1]: are these probabilities? Logits are needed"
+        if h.numel() >= _ENOUGH_FOR_PROBABILITIES:
+            raise ValueError(message + " (check=False if they are logits)")
+        warnings.warn(message, stacklevel=5)
+
+
 @dataclass(frozen=True)
 class VPSchedule:
     """The variance-preserving diffusion dx = -beta x / 2 dt + sqrt(beta) dW, beta = beta_min + t (beta_max - beta_min).
@@ -102,13 +121,7 @@ class Guide:
         self.check = check
         self.calls = 0
         self._first_bad: Tensor | None = None  # the noise level of the first NaN, on the device; +inf for none
-        if isinstance(discriminator, nn.Module):
-            last = list(discriminator.modules())[-1]
-            if isinstance(last, (nn.Sigmoid, nn.Softmax)):
-                raise ValueError(
-                    f"Guide: discriminator ends in {type(last).__name__} and so returns probabilities; give its logits "
-                    "(the output before that layer, or torch.logit of it, clipped as you choose)"
-                )
+        refuse_probability_layer("Guide", discriminator)
 
     @staticmethod
     def _range(asked: list[float | None], trained: list[float | None]) -> tuple[float, float]:
@@ -244,8 +257,5 @@ class Guide:
         self._first_bad = first
         if h.device.type == "cpu":
             self.finish()
-        if self.calls == 0 and bool(((h >= 0) & (h <= 1)).all()) and float(h.amax() - h.amin()) > 0:
-            message = "Guide: every output of the discriminator is in [0, 1]: are these probabilities? Logits are needed"
-            if h.numel() >= _ENOUGH_FOR_PROBABILITIES:
-                raise ValueError(message + " (check=False if they are logits)")
-            warnings.warn(message, stacklevel=4)
+        if self.calls == 0:
+            refuse_probabilities("Guide", h)
