@@ -22,20 +22,32 @@ from .variational_bound import logistic_loss, variational_bound
 if TYPE_CHECKING:
     from .discriminator import Discriminator
     from .fit import fit_discriminator
+    from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
-_LAZY = {"fit_discriminator": "fit", "Discriminator": "discriminator"}
+_LAZY = {
+    "Discriminator": "discriminator",
+    "LatentFlow": "latent",
+    "LatentLangevin": "latent",
+    "fit_discriminator": "fit",
+    "latent_flow": "latent",
+    "latent_langevin": "latent",
+}
 
 __all__ = [
     "DensityRatio",
     "Discriminator",
+    "LatentFlow",
+    "LatentLangevin",
     "Metropolis",
     "Rejection",
     "density_ratio",
     "divergences",
     "fit_discriminator",
+    "latent_flow",
+    "latent_langevin",
     "logistic_loss",
     "metropolis",
     "rejection",

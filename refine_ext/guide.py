@@ -31,7 +31,7 @@ def refuse_probability_layer(function: str, discriminator: Callable[..., Tensor]
 def refuse_probabilities(function: str, h: Tensor) -> None:
     """Raise if a batch of outputs looks like probabilities, warn if it is small; waits for the device."""
     if bool(((h >= 0) & (h <= 1)).all()) and float(h.amax() - h.amin()) > 0:
-        message = f"{function}: every output of the discriminator is in [0, 1]: are these probabilities? Logits are needed"
+        message = f"{function}: every output of the discriminator is in [0, 1]: are these probabilities, not logits?"
         if h.numel() >= _ENOUGH_FOR_PROBABILITIES:
             raise ValueError(message + " (check=False if they are logits)")
         warnings.warn(message, stacklevel=5)
