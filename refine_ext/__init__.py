@@ -21,7 +21,9 @@ from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
     from .discriminator import Discriminator
+    from .edm import sample_edm
     from .fit import fit_discriminator
+    from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
 
 __version__: str = _C.build_info()["version"]
@@ -29,20 +31,25 @@ __version__: str = _C.build_info()["version"]
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
     "Discriminator": "discriminator",
+    "Guide": "guide",
     "LatentFlow": "latent",
     "LatentLangevin": "latent",
+    "VPSchedule": "guide",
     "fit_discriminator": "fit",
     "latent_flow": "latent",
     "latent_langevin": "latent",
+    "sample_edm": "edm",
 }
 
 __all__ = [
     "DensityRatio",
     "Discriminator",
+    "Guide",
     "LatentFlow",
     "LatentLangevin",
     "Metropolis",
     "Rejection",
+    "VPSchedule",
     "density_ratio",
     "divergences",
     "fit_discriminator",
@@ -52,6 +59,7 @@ __all__ = [
     "metropolis",
     "rejection",
     "resample",
+    "sample_edm",
     "variational_bound",
 ]
 

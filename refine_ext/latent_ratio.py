@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .density_ratio import density_ratio
 from .divergence import KINDS, parse_divergence
-from .guide import refuse_probabilities, refuse_probability_layer
-
-_BATCH_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+from .network_checks import refuse_probabilities, refuse_probability_layer, warn_of_training, warn_of_unit_interval
 
 
 class Evaluation(NamedTuple):
@@ -56,15 +53,7 @@ class LatentRatio:
         for argument, value in (("generator", generator), ("discriminator", discriminator)):
             if not callable(value):
                 raise TypeError(f"{function}: {argument} must be callable, got {type(value).__name__}")
-            if isinstance(value, nn.Module) and any(
-                m.training and isinstance(m, _BATCH_DEPENDENT) for m in value.modules()
-            ):
-                warnings.warn(
-                    f"{function}: {argument} is in training mode, so that dropout or batch statistics make every "
-                    f"evaluation another function; call {argument}.eval() first",
-                    stacklevel=4,
-                )
-        refuse_probability_layer(function, discriminator)
+            warn_of_training(function, argument, value, stacklevel=3)
         self.function = function
         self.generator = generator
         self.discriminator = discriminator
@@ -84,6 +73,8 @@ class LatentRatio:
         if not isinstance(self.shift, (int, float, Tensor)) or (isinstance(self.shift, Tensor) and self.shift.dim()):
             raise TypeError(f"{function}: shift must be a number or a 0-dim tensor, got {type(self.shift).__name__}")
         self.unchecked = check and not self.calibrated and self.kind == "logit"
+        if self.unchecked:
+            refuse_probability_layer(function, discriminator)
         self.first_bad: Tensor | None = None  # the first step at which something was NaN, on the device; inf for none
 
     def __call__(self, z: Tensor, step: int, *, gradient: bool = True, keep_samples: bool = True) -> Evaluation:
@@ -101,7 +92,7 @@ class LatentRatio:
             slopes.append(slope)
         if self.unchecked:
             self.unchecked = False
-            refuse_probabilities(self.function, torch.cat(outputs))
+            warn_of_unit_interval(self.function, torch.cat(outputs), stacklevel=3)
         result = Evaluation(torch.cat(samples), torch.cat(ratios), torch.cat(slopes))
         self._look(result, step)
         return result
@@ -133,6 +124,8 @@ class LatentRatio:
         with torch.set_grad_enabled(gradient):
             x = self._sample(z)
             h = self._output(x)
+            if self.unchecked:
+                refuse_probabilities(self.function, h)
             log_ratio = self._log_ratio(h)
         slope = self._gradient(log_ratio, x, z) if gradient else z[:0]
         return x.detach(), log_ratio.detach(), h.detach(), slope

@@ -313,9 +313,9 @@ Affine = nn.Linear(2, 2).double()
         (
             {"discriminator": nn.Sequential(Affine, nn.Sigmoid())},
             ValueError,
-            "ends in Sigmoid and so returns",
+            "ends in Sigmoid: these are probabilities",
         ),
-        ({"z": torch.randn(40, 2), "discriminator": lambda x: x.sigmoid().mean(1)}, ValueError, "in [0, 1]"),
+        ({"discriminator": lambda x: x.sum(1, keepdim=True).sigmoid()}, ValueError, "returns a sigmoid: these are"),
         ({"z": 3}, TypeError, "z must be a torch.Tensor, got int"),
         ({"z": torch.ones(4, dtype=torch.int64)}, TypeError, "z must be float64"),
         ({"z": torch.ones(4)}, ValueError, "z must be [B, ...] with at least 2 dimensions, got [4]"),
@@ -376,5 +376,10 @@ def test_a_step_outside_the_domain_is_named():
 
 def test_a_network_in_training_mode_is_told():
     noisy = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).double()
-    with pytest.warns(UserWarning, match=r"latent_flow: generator is in training mode.*call generator.eval\(\) first"):
+    with pytest.warns(UserWarning, match=r"latent_flow: generator is in training mode and has Dropout"):
         rx.latent_flow(noisy, logit, starts(), steps=1, check=False, progress=False)
+
+
+def test_values_like_probabilities_are_told():
+    with pytest.warns(UserWarning, match="latent_flow: all 20 outputs of the discriminator are between 0 and 1"):
+        rx.latent_flow(torch.sigmoid, lambda x: x.mean(1), torch.randn(20, 3), steps=1, progress=False)
