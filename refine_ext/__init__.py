@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .fit import fit_discriminator
     from .fit_diffusion import fit_diffusion_discriminator
     from .guide import Guide, VPSchedule
+    from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
     from .schedulers import wrap_scheduler
 
@@ -41,6 +42,10 @@ _LAZY = {
     "VPSchedule": "guide",
     "fit_discriminator": "fit",
     "post_cfg": "denoiser",
+    "LatentFlow": "latent",
+    "LatentLangevin": "latent",
+    "latent_flow": "latent",
+    "latent_langevin": "latent",
     "sample_edm": "edm",
     "DiffusionDiscriminator": "diffusion_discriminator",
     "fit_diffusion_discriminator": "fit_diffusion",
@@ -53,6 +58,8 @@ __all__ = [
     "Discriminator",
     "DiscriminatorGuidance",
     "Guide",
+    "LatentFlow",
+    "LatentLangevin",
     "Metropolis",
     "RefinedDenoiser",
     "Rejection",
@@ -61,6 +68,8 @@ __all__ = [
     "divergences",
     "fit_diffusion_discriminator",
     "fit_discriminator",
+    "latent_flow",
+    "latent_langevin",
     "logistic_loss",
     "metropolis",
     "post_cfg",
