@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,12 @@ def refined_prediction(
             f"the model's prediction must have the shape of its input, {list(x.shape)}, got {list(prediction.shape)}"
         )
     signal = alpha * latent_scale
+    if (
+        isinstance(sigma, float)
+        and isinstance(signal, float)
+        and not guide.covers(sigma / signal if signal else math.inf)
+    ):
+        return prediction  # known without the device: the discriminator need not run
     output = guide(x, sigma, alpha=signal, **(extra or {}))
     if parametrization != "noise":
         weight = weight * latent_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,7 +112,11 @@ class DiscriminatorGuidance(BaseGuidance):
         self.register_to_config(
             **plain,
             given_again=sorted(self._given),
-            guider={"_class_name": type(guider).__name__, **guider.config},
+            guider={
+                "_class_name": type(guider).__name__,
+                # Of the private items, _use_default_values would make an argument given by position its default.
+                **{name: value for name, value in guider.config.items() if not name.startswith("_")},
+            },
         )
 
     @classmethod
@@ -130,7 +135,7 @@ class DiscriminatorGuidance(BaseGuidance):
     def new(self, **kwargs: Any) -> DiscriminatorGuidance:
         """A copy with some settings changed."""
         self._watch.ran = True  # the copy is watched instead
-        kept = {"discriminator_extra": self.discriminator_extra, "guider": self.guider.new(), **self._given}
+        kept = {"discriminator_extra": self.discriminator_extra, "guider": copy.deepcopy(self.guider), **self._given}
         return self.from_config(self.config, **{**kept, **kwargs})
 
     def disable(self) -> None:
