@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
-from . import _C, _library, _ops  # noqa: F401  (loads the libraries, registers the ops)
+from . import _C, _library, _ops, _ops_guidance  # noqa: F401  (loads the libraries, registers the ops)
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .edm import sample_edm
     from .fit import fit_discriminator
     from .fit_diffusion import fit_diffusion_discriminator
+    from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
@@ -50,6 +51,9 @@ _LAZY = {
     "DiffusionDiscriminator": "diffusion_discriminator",
     "fit_diffusion_discriminator": "fit_diffusion",
     "wrap_scheduler": "schedulers",
+    "guided_score": "guidance",
+    "guided_step": "guidance",
+    "philox_normal": "guidance",
 }
 
 __all__ = [
@@ -68,10 +72,13 @@ __all__ = [
     "divergences",
     "fit_diffusion_discriminator",
     "fit_discriminator",
+    "guided_score",
+    "guided_step",
     "latent_flow",
     "latent_langevin",
     "logistic_loss",
     "metropolis",
+    "philox_normal",
     "post_cfg",
     "rejection",
     "resample",
