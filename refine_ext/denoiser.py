@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .guidance import guided_step
 from .guide import Guide, PerSample
 
-# Which of the host's arguments the discriminator takes too: their names, or a function of all of them.
-Selection = Sequence[str] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+# What the discriminator takes besides (x, sigma): names of the host's arguments, a function of them, or fixed ones.
+Selection = Sequence[str] | Callable[[Mapping[str, Any]], Mapping[str, Any]] | Mapping[str, Any]
 
 
 def guide_and_weight(
@@ -33,6 +33,7 @@ def check_latent_scale(function: str, latent_scale: float) -> float:
 
 
 def refined_prediction(
+    function: str,
     guide: Guide,
     prediction: Tensor,
     x: Tensor,
@@ -51,7 +52,8 @@ def refined_prediction(
     """
     if prediction.shape != x.shape:
         raise ValueError(
-            f"the model's prediction must have the shape of its input, {list(x.shape)}, got {list(prediction.shape)}"
+            f"{function}: the model's prediction must have the shape of its input, {list(x.shape)}, "
+            f"got {list(prediction.shape)}"
         )
     signal = alpha * latent_scale
     if (
@@ -70,12 +72,16 @@ def refined_prediction(
 def _select(selection: Selection, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     if callable(selection):
         return selection(arguments)
+    if isinstance(selection, Mapping):
+        return selection
     return {name: arguments[name] for name in selection if name in arguments}
 
 
 def _check_selection(function: str, selection: Selection) -> Selection:
     if not callable(selection) and (isinstance(selection, str) or not all(isinstance(name, str) for name in selection)):
-        raise TypeError(f"{function}: discriminator_extra must be names of arguments or a function, got {selection!r}")
+        raise TypeError(
+            f"{function}: discriminator_extra must be names of arguments, a function or a dict, got {selection!r}"
+        )
     return selection
 
 
@@ -90,20 +96,22 @@ class RefinedDenoiser(nn.Module):
         net: ``(x, sigma, **extra) -> denoised``, x = x_0 + sigma eps of ``[B, ...]``; of a tuple the first is refined.
         discriminator: ``(x, sigma, **extra) -> h[B]``, or a :class:`Guide`.
         weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
-        discriminator_extra: which of the keyword arguments of a call (class_labels among them) the discriminator gets
-            too: their names, or a function from the dict of all of them to the dict it gets.
-        options: of :class:`Guide`: kind, divergence, shift, schedule, sigma_min, sigma_max, dtype, check.
+        discriminator_extra: keyword arguments for the discriminator: the names of those of a call (class_labels among
+            them) that it gets too, or a function from the dict of all of them to the dict it gets, or that dict.
+        options: of :class:`Guide`: kind, divergence, shift, schedule, sigma_min, sigma_max, dtype, check. On CUDA its
+            ``guide.finish()``, after a run, says whether the discriminator made NaN.
 
     Returns (forward):
         The refined denoised x_0, in the denoiser's dtype; sigma may be a number, 0-dim, ``[B]`` or ``[B, 1, 1, 1]``.
 
     Raises:
-        TypeError: a net that cannot be called, discriminator_extra that is neither names nor a function.
+        TypeError: a net that cannot be called, discriminator_extra that is none of these.
         ValueError: a denoised x_0 of another shape than x; everything :class:`Guide` refuses.
 
     Source: Kim et al. 2022, eq. 8, for a denoiser (Karras et al. 2022, eq. 3).
 
-    >>> net = RefinedDenoiser(lambda x, sigma: x / (1 + sigma**2), lambda x, sigma: x.sum(1))
+    >>> import torch, refine_ext as rx
+    >>> net = rx.RefinedDenoiser(lambda x, sigma: x / (1 + sigma**2), lambda x, sigma: x.sum(1))
     >>> net(torch.ones(1, 2), torch.tensor(1.0))  # 1/2 + sigma^2
     tensor([[1.5000, 1.5000]])
     """
@@ -142,7 +150,14 @@ class RefinedDenoiser(nn.Module):
         denoised, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         chosen = _select(self.discriminator_extra, extra)
         refined = refined_prediction(
-            self.guide, denoised, x, sigma, parametrization="denoised", weight=self.weight, extra=chosen
+            "RefinedDenoiser",
+            self.guide,
+            denoised,
+            x,
+            sigma,
+            parametrization="denoised",
+            weight=self.weight,
+            extra=chosen,
         )
         return refined if others is None else (refined, *others)
 
@@ -167,8 +182,8 @@ def post_cfg(
         flow: the model is one of flow matching (SD3, Flux), x = (1 - sigma) x_0 + sigma eps.
         latent_scale: what the VAE's latents were multiplied by for the model (0.18215 for SD1), if the discriminator
             knows the unscaled ones.
-        discriminator_extra: which items of the function's dict the discriminator gets: their names, or a function
-            from that dict to the dict it gets.
+        discriminator_extra: keyword arguments for the discriminator: the names of items of the function's dict, or a
+            function from that dict to the dict it gets, or that one.
         options: of :class:`Guide`: kind, divergence, shift, schedule, sigma_min, sigma_max, dtype, check.
 
     Returns:
@@ -179,7 +194,8 @@ def post_cfg(
 
     Source: Kim et al. 2022, eq. 8.
 
-    >>> refine = post_cfg(lambda x, sigma: x.sum(1), weight=0.5)
+    >>> import torch, refine_ext as rx
+    >>> refine = rx.post_cfg(lambda x, sigma: x.sum(1), weight=0.5)
     >>> refine({"denoised": torch.zeros(1, 2), "sigma": torch.tensor([2.0]), "input": torch.ones(1, 2)})
     tensor([[2., 2.]])
     """
@@ -192,6 +208,7 @@ def post_cfg(
         if missing:
             raise ValueError(f"post_cfg: args must have denoised, sigma and input, got no {', '.join(missing)}")
         return refined_prediction(
+            "post_cfg",
             guide,
             args["denoised"],
             args["input"],

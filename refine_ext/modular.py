@@ -18,7 +18,7 @@ except ImportError as error:
 
 from .denoiser import check_latent_scale, guide_and_weight, refined_prediction
 from .guide import Guide, PerSample
-from .schedulers import Watch, noise_levels, parametrization, scheduler_family
+from .schedulers import Watch, check_range, noise_levels, parametrization, scheduler_family
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -35,7 +35,8 @@ class DiscriminatorGuidance(BaseGuidance):
     (Z-Image) or leave hooks out (Ideogram 4) are for :func:`refine_ext.wrap_scheduler`, which guides any of them.
 
     Args:
-        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`.
+        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`, on the pipeline's
+            device.
         scheduler: the pipeline's own, of the classes that wrap_scheduler takes: it knows the noise levels.
         weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         guider: the guider whose prediction is refined. None: the conditional prediction alone.
@@ -56,8 +57,9 @@ class DiscriminatorGuidance(BaseGuidance):
 
     Source: Kim et al. 2022, eq. 8.
 
+    >>> import refine_ext as rx
     >>> from diffusers import ClassifierFreeGuidance, DDIMScheduler
-    >>> guider = DiscriminatorGuidance(lambda x, s: x.sum(1), DDIMScheduler(), guider=ClassifierFreeGuidance(3.0))
+    >>> guider = rx.DiscriminatorGuidance(lambda x, s: x.sum(1), DDIMScheduler(), guider=ClassifierFreeGuidance(3.0))
     >>> guider.num_conditions
     2
     """
@@ -189,14 +191,19 @@ class DiscriminatorGuidance(BaseGuidance):
         output = self.guider.forward(*args, **predictions)
         if self._guides_now():
             output = type(output)(**{**output, "pred": self._refined(output.pred)})
+        if self._step == len(self.scheduler.timesteps) - 1:
+            self.guide.finish()
         return output
 
     def _refined(self, prediction: Tensor) -> Tensor:
         x = _like(self._sample, prediction)
+        if self._step == int(self._start * (self._num_inference_steps or 0)):
+            check_range("DiscriminatorGuidance", self.guide, self.scheduler, self.family, self.latent_scale)
         alpha, sigma, norm = noise_levels(self.scheduler, self.family, self._timestep)
         self._check_scheduler()
         extra = self.discriminator_extra
         return refined_prediction(
+            "DiscriminatorGuidance",
             self.guide,
             prediction,
             x,

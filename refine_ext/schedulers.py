@@ -99,6 +99,23 @@ def _level(value: Tensor) -> Any:
     return value.item() if value.device.type == "cpu" else value.double()
 
 
+def check_range(function: str, guide: Guide, scheduler: Any, family: str, latent_scale: float) -> None:
+    """A ValueError if none of the levels of a run, sigma / (alpha latent_scale), is in the guide's range."""
+    if family in _BY_TIMESTEP:
+        signal = scheduler.alphas_cumprod.cpu()[scheduler.timesteps.cpu().long()].double()
+        levels = ((1.0 - signal) / signal).sqrt()
+    else:
+        levels = scheduler.sigmas[:-1].cpu().double()
+        if family in _FLOW or scheduler.config.get("use_flow_sigmas"):
+            levels = levels / (1.0 - levels)
+    found = (levels / latent_scale).tolist()
+    if not any(map(guide.covers, found)):
+        raise ValueError(
+            f"{function}: none of the scheduler's noise levels, {min(found):.4g} to {max(found):.4g}, is in the "
+            f"discriminator's range, {guide.sigma_min:.4g} to {guide.sigma_max:.4g}: nothing would be guided"
+        )
+
+
 class Watch:
     """Warns when its owner goes, or the program ends, without a run."""
 
@@ -132,6 +149,7 @@ class _Hook:
         if model_output.dim() > 1 and model_output.shape[1] == 2 * channels:  # a learned variance follows
             model_output, variance = model_output.split(channels, dim=1)
         refined = refined_prediction(
+            "wrap_scheduler",
             self.guide,
             model_output,
             sample,
@@ -170,7 +188,8 @@ def wrap_scheduler(
     Args:
         scheduler: DDPM, DDIM, EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete, DPMSolverMultistep, UniPCMultistep
             or FlowMatchEulerDiscrete of diffusers. It is copied and stays as it is.
-        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`.
+        discriminator: ``(x, sigma, **extra) -> h[B]`` for x = x_0 + sigma eps, or a :class:`Guide`. On the pipeline's
+            device: ``pipe.to`` does not move it.
         weight: w, a number, a ``[B]`` tensor, or a function of the ``[B]`` noise levels; times the Guide's own.
         latent_scale: what the pipeline multiplied latents by (``vae.config.scaling_factor``), if the discriminator
             knows the unscaled ones.
@@ -184,12 +203,14 @@ def wrap_scheduler(
     Raises:
         TypeError: a scheduler that is not supported (the message lists those that are).
         ValueError: one that is guided already, predicts something unknown, or inverts its sigmas; a latent_scale that
-            is not positive; in a step, timesteps per token, and everything :class:`Guide` refuses.
+            is not positive; in set_timesteps, levels all outside the guide's range; in a step, timesteps per token,
+            and everything :class:`Guide` refuses (NaN on CUDA after the last step).
 
     Source: Kim et al. 2022, eq. 8, in the parametrisations of Salimans and Ho 2022 and of Lipman et al. 2023.
 
+    >>> import torch, refine_ext as rx
     >>> from diffusers import DDIMScheduler
-    >>> guided = wrap_scheduler(DDIMScheduler(), lambda x, sigma: -x.square().sum(1), weight=0.0)
+    >>> guided = rx.wrap_scheduler(DDIMScheduler(), lambda x, sigma: -x.square().sum(1), weight=0.0)
     >>> guided.set_timesteps(1); guided.step(torch.zeros(1, 2), 0, torch.ones(1, 2)).pred_original_sample
     tensor([[1., 1.]])
     """
@@ -240,6 +261,7 @@ def _guided_class(host: Any, family: str, hook: _Hook) -> type:
             hook.guide.finish()
             super().set_timesteps(*args, **kwargs)
             self._guided_steps = 0
+            check_range("wrap_scheduler", hook.guide, self, family, hook.latent_scale)
 
         @functools.wraps(host.step)
         def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -137,7 +137,7 @@ def test_a_tuple_keeps_what_follows():
     assert torch.equal(log_variance, sigma)
 
 
-def test_extra_by_a_function():
+def test_extra_by_a_function_and_by_a_dict():
     seen = {}
 
     def discriminator(x, sigma, prompt):
@@ -147,6 +147,8 @@ def test_extra_by_a_function():
     refined = rx.RefinedDenoiser(biased, discriminator, discriminator_extra=lambda extra: {"prompt": extra["cond"][1]})
     refined(states(), 1.0, cond=("a", "b"))
     assert seen == {"prompt": "b"}
+    rx.RefinedDenoiser(biased, discriminator, discriminator_extra={"prompt": "c"})(states(), 1.0, cond=("a", "b"))
+    assert seen == {"prompt": "c"}
 
 
 def test_it_is_a_module():
@@ -204,10 +206,28 @@ def test_compiled_whole():
             return self.layers(torch.cat([x.flatten(1), sigma.log()[:, None]], 1))
 
     refined = rx.RefinedDenoiser(Half(), Discriminator()).requires_grad_(False)
-    compiled = torch.compile(refined, backend="eager", fullgraph=True)
+    compiled = torch.compile(refined, backend="aot_eager", fullgraph=True)
     x, sigma = torch.randn(SHAPE), torch.linspace(0.1, 9, 5)
     for _ in range(2):
         torch.testing.assert_close(compiled(x, sigma), refined(x, sigma), rtol=1e-6, atol=1e-6)
+
+
+def test_in_edms_sampler():
+    """Guided by the sampler, or by the denoiser that it is given: the same samples, and those of the true model."""
+    noise = torch.randn(SHAPE, dtype=torch.float64)
+
+    def net(x, sigma):
+        return denoise(BIASED, x, sigma)
+
+    options = {"num_steps": 8, "S_churn": 4.0, "seed": 3}
+    by_denoiser = rx.sample_edm(rx.RefinedDenoiser(net, RATIO, 1.5), noise, **options)
+    by_sampler = rx.sample_edm(net, noise, discriminator=RATIO, weight=1.5, **options)
+    # float64 rounding of states of up to 300, grown by the distance of neighbouring trajectories.
+    torch.testing.assert_close(by_denoiser, by_sampler, rtol=1e-9, atol=1e-9)
+    true = rx.sample_edm(lambda x, sigma: denoise(TRUE, x, sigma), noise, **options)
+    torch.testing.assert_close(
+        rx.sample_edm(rx.RefinedDenoiser(net, RATIO), noise, **options), true, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -246,11 +266,14 @@ def test_bad_arguments_are_named():
         rx.RefinedDenoiser(3, RATIO)
     with pytest.raises(TypeError, match="Guide: discriminator must be callable"):
         rx.RefinedDenoiser(biased, None)
-    with pytest.raises(TypeError, match="discriminator_extra must be names of arguments or a function, got 'labels'"):
+    with pytest.raises(TypeError, match="must be names of arguments, a function or a dict, got 'labels'"):
         rx.RefinedDenoiser(biased, RATIO, discriminator_extra="labels")
     with pytest.raises(ValueError, match="give these to the Guide"):
         rx.RefinedDenoiser(biased, rx.Guide(RATIO), divergence="kl")
-    with pytest.raises(ValueError, match=r"shape of its input, \[5, 2, 2, 2\], got \[5, 8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"RefinedDenoiser: the model's prediction must have the shape of its input, \[5, 2, 2, 2\], got \[5, 8\]",
+    ):
         rx.RefinedDenoiser(lambda x, s: x.flatten(1), RATIO)(states(), 1.0)
     with pytest.raises(ValueError, match=r"must return \[5\] or \[5, 1\], got \[5, 8\]"):
         rx.RefinedDenoiser(biased, lambda x, s: x.flatten(1))(states(), 1.0)

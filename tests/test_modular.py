@@ -53,9 +53,9 @@ class Flow:
 
     @staticmethod
     def blocks():
-        from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusion3DenoiseStep
-
-        return StableDiffusion3DenoiseStep()
+        # Not in the oldest diffusers that is supported.
+        host = pytest.importorskip("diffusers.modular_pipelines.stable_diffusion_3.denoise")
+        return host.StableDiffusion3DenoiseStep()
 
     @staticmethod
     def conditions():
@@ -241,7 +241,7 @@ def step(guider, sample, prediction, timestep, index=0, denoiser=None):
     """One step as the pipelines take it."""
     guider.set_state(index, STEPS, timestep)
     (batch,) = guider.prepare_inputs({"encoder_hidden_states": (prediction, None)})
-    denoiser = denoiser or torch.nn.Identity()
+    denoiser = torch.nn.Identity() if denoiser is None else denoiser
     guider.prepare_models(denoiser)
     denoiser(sample)
     batch.noise_pred = prediction
@@ -339,6 +339,13 @@ def test_a_scheduler_of_another_pipeline_is_an_error(host):
     stale.set_timesteps(STEPS)
     pipe = pipeline(host, denoiser, scheduler, rx.DiscriminatorGuidance(discriminator, stale))
     with pytest.raises(ValueError, match="its scheduler takes no steps; give it the one that the pipeline uses"):
+        run(pipe, host, conditions, torch.randn(BATCH, CHANNELS, SIZE, SIZE))
+
+
+def test_a_range_that_no_step_is_in_is_an_error(host):
+    denoiser, scheduler, conditions = host.denoiser(), host.scheduler(**host.options), host.conditions()
+    pipe = pipeline(host, denoiser, scheduler, rx.DiscriminatorGuidance(discriminator, scheduler, sigma_min=1e5))
+    with pytest.raises(ValueError, match="DiscriminatorGuidance: none of the scheduler's noise levels"):
         run(pipe, host, conditions, torch.randn(BATCH, CHANNELS, SIZE, SIZE))
 
 
