@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
-from . import _C, _library, _ops  # noqa: F401  (loads the libraries, registers the ops)
+from . import _C, _library, _ops, _ops_guidance  # noqa: F401  (loads the libraries, registers the ops)
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
+    from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
 
@@ -36,8 +37,11 @@ _LAZY = {
     "LatentLangevin": "latent",
     "VPSchedule": "guide",
     "fit_discriminator": "fit",
+    "guided_score": "guidance",
+    "guided_step": "guidance",
     "latent_flow": "latent",
     "latent_langevin": "latent",
+    "philox_normal": "guidance",
     "sample_edm": "edm",
 }
 
@@ -53,10 +57,13 @@ __all__ = [
     "density_ratio",
     "divergences",
     "fit_discriminator",
+    "guided_score",
+    "guided_step",
     "latent_flow",
     "latent_langevin",
     "logistic_loss",
     "metropolis",
+    "philox_normal",
     "rejection",
     "resample",
     "sample_edm",

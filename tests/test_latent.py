@@ -336,11 +336,12 @@ Affine = nn.Linear(2, 2).double()
         ({"prior": "gaussian"}, ValueError, "prior must be 'normal' or a log density z -> [B], got 'gaussian'"),
         ({"prior": 3.0}, TypeError, "prior must be 'normal' or a log density z -> [B], got float"),
         ({"prior": lambda z: z}, ValueError, "prior must return log densities [7], got [7, 2]"),
+        ({"seed": 2**64}, ValueError, "seed must be between -2**63 and 2**64 - 1"),
         ({"seed": 1.5}, TypeError, "seed must be an int or an int64 tensor, got float"),
         (
             {"seed": torch.zeros(3, dtype=torch.int64)},
             ValueError,
-            "must be an int or int64 [7], got torch.int64 [3]",
+            "must be an int, or int64 [7] on cpu, got torch.int64 [3]",
         ),
         ({"patience": 0, "early_stop": lambda x: 0.0}, ValueError, "patience must be at least 1"),
         ({"early_stop": lambda x: float("nan")}, ValueError, "early_stop returned NaN at step 0"),
