@@ -31,7 +31,7 @@ METHODS = {
 }
 HIGHER_IS_BETTER = ("precision", "recall")
 # Of images in [0, 1]: the discriminators tell noisy digits from noisy samples, so that their supports overlap.
-_INSTANCE_NOISE = 0.1
+_INSTANCE_NOISE = 0.15
 _GENERATED = 4000
 _FLOW_STEPS, _LANGEVIN_STEPS, _PATIENCE = 40, 100, 8
 

@@ -404,7 +404,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("call", ["kl", "logD", "variational", "prior", "early stop", "langevin", "metropolis"])
 def test_nothing_is_read_in_a_step(call, monkeypatch):
-    """On CUDA the only read is that of `finish`, at the end; on the CPU it comes at every step, and is left out here."""
+    """On CUDA the only read is `finish`, at the end; on the CPU it comes at every step, and is left out here."""
     monkeypatch.setattr(latent.LatentRatio, "finish", lambda self: None)
 
     def other(x):
