@@ -20,9 +20,11 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
+    from .fit_diffusion import fit_diffusion_discriminator
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
@@ -31,11 +33,13 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
     "Guide": "guide",
     "LatentFlow": "latent",
     "LatentLangevin": "latent",
     "VPSchedule": "guide",
+    "fit_diffusion_discriminator": "fit_diffusion",
     "fit_discriminator": "fit",
     "guided_score": "guidance",
     "guided_step": "guidance",
@@ -47,6 +51,7 @@ _LAZY = {
 
 __all__ = [
     "DensityRatio",
+    "DiffusionDiscriminator",
     "Discriminator",
     "Guide",
     "LatentFlow",
@@ -56,6 +61,7 @@ __all__ = [
     "VPSchedule",
     "density_ratio",
     "divergences",
+    "fit_diffusion_discriminator",
     "fit_discriminator",
     "guided_score",
     "guided_step",
