@@ -76,6 +76,7 @@ def refine_generator(name: str, seed: int, effort: float = 1.0) -> Outcome:
     digits = load_digits(seed)
     train = _pixels(digits.train)
     stop, judge = np.split(digits.held_out, [len(digits.held_out) // 3])
+    judge = judge[: max(200, round(effort * len(judge)))]
     generator = train_generator(name, train, seed=seed, effort=effort)
     noise = torch.Generator().manual_seed(seed)
 
