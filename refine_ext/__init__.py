@@ -36,9 +36,9 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
     "DiscriminatorGuidance": "modular",
-    "DiffusionDiscriminator": "diffusion_discriminator",
     "Guide": "guide",
     "RefinedDenoiser": "denoiser",
     "VPSchedule": "guide",

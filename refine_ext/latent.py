@@ -362,14 +362,18 @@ def _start(function: str, z: Tensor, steps: int, seed: int | Tensor | None) -> t
     if z.dim() < 2:
         raise ValueError(f"{function}: z must be [B, ...] with at least 2 dimensions, got {list(z.shape)}")
     if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+        # On the device, where no step has to wait for it.
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=z.device)
     elif isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.shape != (z.shape[0],):
+        if seed.dtype != torch.int64 or seed.shape not in ((), (z.shape[0],)) or seed.device != z.device:
             raise ValueError(
-                f"{function}: seed must be an int or int64 [{z.shape[0]}], got {seed.dtype} {list(seed.shape)}"
+                f"{function}: seed must be an int, or int64 [{z.shape[0]}] on {z.device}, "
+                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{function}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{function}: seed must be between -2**63 and 2**64 - 1, got {seed}")
     return z.detach(), _whole(function, "steps", steps, 1), seed
 
 

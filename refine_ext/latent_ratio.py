@@ -98,7 +98,7 @@ class LatentRatio:
         return result
 
     def finish(self) -> None:
-        """Raise if any step so far had NaN; waits for the device.
+        """Raise if any step so far had NaN or an infinite gradient; waits for the device.
 
         Raises:
             ValueError: names the first such step.
@@ -110,10 +110,12 @@ class LatentRatio:
                 if step == 0
                 else "the steps may be too large"
             )
-            raise ValueError(f"{self.function}: log r(G(z)) or its gradient is NaN at step {step:.0f}: {cause}")
+            raise ValueError(
+                f"{self.function}: log r(G(z)) is NaN or its gradient infinite at step {step:.0f}: {cause}"
+            )
 
     def _look(self, result: Evaluation, step: int) -> None:
-        bad = result.log_ratio.isnan().any() | result.gradient.isnan().any()
+        bad = result.log_ratio.isnan().any() | ~result.gradient.isfinite().all()
         first = torch.where(bad, float(step), math.inf)
         self.first_bad = first if self.first_bad is None else torch.minimum(self.first_bad, first)
         if not first.is_cuda:

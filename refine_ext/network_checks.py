@@ -15,10 +15,11 @@ _ENOUGH_TO_TELL = 16
 
 def refuse_probability_layer(function: str, discriminator: Any) -> None:
     """Raise where the last layer of a discriminator of kind "logit" makes probabilities."""
-    if isinstance(discriminator, nn.Module):
-        last = list(discriminator.modules())[-1]
-        if isinstance(last, (nn.Sigmoid, nn.Softmax)):
-            raise _probabilities(function, f"ends in {type(last).__name__}")
+    last = discriminator
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    if isinstance(last, (nn.Sigmoid, nn.Softmax)):
+        raise _probabilities(function, f"ends in {type(last).__name__}")
 
 
 def refuse_probabilities(function: str, h: Tensor) -> None:

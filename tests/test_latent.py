@@ -9,6 +9,7 @@ import reference
 import torch
 from fitting import fit, gaussians, one_thread  # noqa: F401
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import refine_ext as rx
 from refine_ext import latent
@@ -336,18 +337,19 @@ Affine = nn.Linear(2, 2).double()
         ({"prior": "gaussian"}, ValueError, "prior must be 'normal' or a log density z -> [B], got 'gaussian'"),
         ({"prior": 3.0}, TypeError, "prior must be 'normal' or a log density z -> [B], got float"),
         ({"prior": lambda z: z}, ValueError, "prior must return log densities [7], got [7, 2]"),
+        ({"seed": 2**64}, ValueError, "seed must be between -2**63 and 2**64 - 1"),
         ({"seed": 1.5}, TypeError, "seed must be an int or an int64 tensor, got float"),
         (
             {"seed": torch.zeros(3, dtype=torch.int64)},
             ValueError,
-            "must be an int or int64 [7], got torch.int64 [3]",
+            "must be an int, or int64 [7] on cpu, got torch.int64 [3]",
         ),
         ({"patience": 0, "early_stop": lambda x: 0.0}, ValueError, "patience must be at least 1"),
         ({"early_stop": lambda x: float("nan")}, ValueError, "early_stop returned NaN at step 0"),
         ({"early_stop": 3}, TypeError, "early_stop must be a NumPy array or a torch tensor, got int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"discriminator": lambda x: logit(x) * float("nan")}, ValueError, "NaN at step 0: the discriminator or"),
-        ({"step_size": 1e200, "discriminator": lambda x: -x.square().sum(1)}, ValueError, "NaN at step"),
+        ({"discriminator": lambda x: logit(x) * float("nan")}, ValueError, "at step 0: the discriminator or"),
+        ({"step_size": 1e200, "discriminator": lambda x: -x.square().sum(1)}, ValueError, "the steps may be too large"),
     ],
 )
 def test_errors(change, error, text):
@@ -370,7 +372,7 @@ def test_a_step_outside_the_domain_is_named():
         return x.sum(1)
 
     beyond.kind, beyond.divergence = "variational", "jensen_shannon"
-    with pytest.raises(ValueError, match=r"NaN at step 0: .* outside the domain of f\*"):
+    with pytest.raises(ValueError, match=r"NaN .* at step 0: .* outside the domain of f\*"):
         rx.latent_flow(lambda z: z, beyond, torch.ones(3, 2), progress=False)
 
 
@@ -383,3 +385,40 @@ def test_a_network_in_training_mode_is_told():
 def test_values_like_probabilities_are_told():
     with pytest.warns(UserWarning, match="latent_flow: all 20 outputs of the discriminator are between 0 and 1"):
         rx.latent_flow(torch.sigmoid, lambda x: x.mean(1), torch.randn(20, 3), steps=1, progress=False)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a device: values read into Python, shapes that depend on values."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().partition("::")[2].partition(".")[0] in self.waiting:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call", ["kl", "logD", "variational", "prior", "early stop", "langevin", "metropolis"])
+def test_nothing_is_read_in_a_step(call, monkeypatch):
+    """On CUDA the only read is `finish`, at the end; on the CPU it comes at every step, and is left out here."""
+    monkeypatch.setattr(latent.LatentRatio, "finish", lambda self: None)
+
+    def other(x):
+        return logit(x) - 20
+
+    other.kind, other.divergence = "variational", "reverse_kl"
+    options = {"steps": 3, "seed": torch.arange(7), "batch_size": 4, "check": False, "progress": False}
+    with Reads() as reads:
+        if call in ("langevin", "metropolis"):
+            rx.latent_langevin(generator, logit, starts(), metropolis=call == "metropolis", **options)
+        else:
+            options |= {"prior": "normal"} if call == "prior" else {}
+            options |= {"early_stop": lambda x: float(x.mean())} if call == "early stop" else {}
+            divergence = call if call in ("kl", "logD") else "pearson_chi2"
+            rx.latent_flow(generator, other if call == "variational" else logit, starts(), divergence=divergence,
+                           noise=0.1, step_size=1e-6, **options)  # fmt: skip
+    assert bool(reads.names) == (call == "early stop")  # which reads its measure: the count counts
