@@ -21,6 +21,7 @@ import refine_ext as rx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_density_ratio
+import bench_guidance
 import bench_resampling
 import bench_variational_bound
 import common
@@ -28,7 +29,7 @@ import kernels
 import timing
 import traffic
 
-BENCHES = (bench_density_ratio, bench_resampling, bench_variational_bound)
+BENCHES = (bench_density_ratio, bench_guidance, bench_resampling, bench_variational_bound)
 
 
 class OnCpu(TorchFunctionMode):
