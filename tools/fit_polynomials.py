@@ -1,10 +1,10 @@
-"""Polynomial coefficients of csrc/cpu/simd.h and csrc/math/arithmetic.h: near-minimax fits in 60 digits.
+"""Polynomial coefficients of csrc/cpu/simd.h and csrc/math: near-minimax fits in 60 digits.
 
 Prints each coefficient list, lowest degree first, and the fit's worst relative error against the
 function it serves. Run it to reproduce or to change a degree: `python tools/fit_polynomials.py`.
 """
 
-from mpmath import atanh, chebyfit, expm1, log, mp, mpf, sqrt
+from mpmath import atanh, chebyfit, cos, expm1, log, log1p, mp, mpf, pi, sin, sqrt
 
 mp.dps = 60
 
@@ -22,6 +22,27 @@ def log_tail(z):
         return mpf(2) / 3 + 2 * z / 5
     s = sqrt(z)
     return (2 * atanh(s) - 2 * s) / s**3
+
+
+def log1p_tail(f):
+    """(log(1 + f) - f) / f^2."""
+    if abs(f) < mpf(10) ** -12:
+        return -mpf(1) / 2 + f / 3 - f * f / 4
+    return (log1p(f) - f) / f**2
+
+
+def sine_factor(z):
+    """sin(2 pi f) / f with z = f^2."""
+    if z < mpf(10) ** -30:
+        return 2 * pi - (2 * pi) ** 3 * z / 6
+    return sin(2 * pi * sqrt(z)) / sqrt(z)
+
+
+def cosine_tail(z):
+    """(cos(2 pi f) - 1) / f^2 with z = f^2."""
+    if z < mpf(10) ** -20:
+        return -((2 * pi) ** 2) / 2 + (2 * pi) ** 4 * z / 24
+    return (cos(2 * pi * sqrt(z)) - 1) / z
 
 
 def fit(name, function, interval, degree, relative_to):
@@ -43,3 +64,11 @@ if __name__ == "__main__":
         print(f"--- {bits} bits")
         fit("exp_tail", exp_tail, [-half, half], exp_degree, lambda r, q: r * q if r else q)
         fit("log_tail", log_tail, [mpf(0), top], log_degree, lambda z, p: z * p / 2)
+    print("--- normals")
+    margin = mpf(2) ** -20
+    unit = [1 / sqrt(mpf(2)) - 1 - margin, sqrt(mpf(2)) - 1 + margin]
+    fit("log1p_tail", log1p_tail, unit, 7, lambda f, q: f * q / (1 + f * log1p_tail(f)))
+    eighth = [mpf(0), mpf(1) / 64]
+    for sine_degree, cosine_degree in ((3, 3), (6, 6)):
+        fit("sine_factor", sine_factor, eighth, sine_degree, lambda z, p: p / sine_factor(z))
+        fit("cosine_tail", cosine_tail, eighth, cosine_degree, lambda z, p: z * p / cos(2 * pi * sqrt(z)))

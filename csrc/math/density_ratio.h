@@ -195,6 +195,27 @@ struct RatioEvaluator {
   }
 };
 
+// log r = log (f*)'(h - shift) of one output: NaN beyond the domain of f*.
+REFINE_EXT_INLINE double log_ratio_at(const Family& family, double h, double shift) {
+  const Anchor anchor = fixed_anchor<double>(family, shift);
+  const double d = (anchor.high - h) + anchor.low;
+  switch (family.form) {
+#define REFINE_EXT_CASE(form) \
+  case Form::form:            \
+    return RatioEvaluator<Form::form, double>(family, anchor)(d).log_ratio;
+    REFINE_EXT_CASE(exponential)
+    REFINE_EXT_CASE(reciprocal)
+    REFINE_EXT_CASE(inverse_square)
+    REFINE_EXT_CASE(inverse_sqrt)
+    REFINE_EXT_CASE(linear)
+    REFINE_EXT_CASE(power)
+    REFINE_EXT_CASE(logistic)
+    REFINE_EXT_CASE(lambert)
+#undef REFINE_EXT_CASE
+  }
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
 // One safeguarded Newton search for L: the mean ratio G increases with L from below 1 to above it.
 //
 // Newton acts on a transform that is nearly linear, exactly so when all samples are equal:

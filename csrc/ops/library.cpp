@@ -39,4 +39,20 @@ STABLE_TORCH_LIBRARY(REFINE_EXT_LIBRARY, m) {
       "metropolis(Tensor log_ratio, int num, int chains, int burn_in, int thin, bool in_order, Tensor? "
       "initial, "
       "Tensor seed) -> (Tensor, Tensor)");
+  // Guidance (csrc/math/guidance_problem.h). coefficients: float64 [K + 2] or [B, K + 2] (K + 1 without
+  // noise), or None: `scalars`; factor: float64 [B]; seeds: int64, one or [B], or None: `seed`.
+  m.def(
+      "guided_step(Tensor x, Tensor[] terms, Tensor? coefficients, float[] scalars, Tensor? factor, Tensor? "
+      "seeds, "
+      "SymInt seed, SymInt step, bool noisy) -> Tensor");
+  m.def(
+      "guided_step_out(Tensor x, Tensor[] terms, Tensor? coefficients, float[] scalars, Tensor? factor, "
+      "Tensor? "
+      "seeds, SymInt seed, SymInt step, bool noisy, *, Tensor(a!) out) -> ()");
+  // constants: shift, weight, sigma (NaN: none), alpha, sigma_min, sigma_max; a tensor, one value or [B],
+  // comes before its number.
+  m.def(
+      "guidance_factor(Tensor h, Tensor? shift, Tensor? weight, Tensor? sigma, Tensor? alpha, float[] "
+      "constants, "
+      "int divergence, float alpha_divergence, bool logit, bool flow, int parametrization) -> Tensor");
 }

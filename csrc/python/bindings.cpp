@@ -27,25 +27,7 @@ Family family_of(int divergence, double alpha) {
   return make_family(static_cast<Divergence>(divergence), alpha);
 }
 
-double log_ratio_of(const Family& family, double t) {
-  const Anchor anchor = fixed_anchor<double>(family, 0.0);
-  const double d = (anchor.high - t) + anchor.low;
-  switch (family.form) {
-#define REFINE_EXT_CASE(form) \
-  case Form::form:            \
-    return RatioEvaluator<Form::form, double>(family, anchor)(d).log_ratio;
-    REFINE_EXT_CASE(exponential)
-    REFINE_EXT_CASE(reciprocal)
-    REFINE_EXT_CASE(inverse_square)
-    REFINE_EXT_CASE(inverse_sqrt)
-    REFINE_EXT_CASE(linear)
-    REFINE_EXT_CASE(power)
-    REFINE_EXT_CASE(logistic)
-    REFINE_EXT_CASE(lambert)
-#undef REFINE_EXT_CASE
-  }
-  return std::nan("");
-}
+double log_ratio_of(const Family& family, double t) { return log_ratio_at(family, t, 0.0); }
 
 // f(u) = u f'(u) - f*(f'(u)); the limit at u = 0 is -f*(f'(0)).
 double generator_of(const Family& family, double u) {
