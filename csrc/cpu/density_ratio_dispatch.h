@@ -1,4 +1,4 @@
-// From run-time storage type and form to the template that serves them.
+// From a run-time form to the template that serves it.
 #pragma once
 
 #include "density_ratio.h"
@@ -6,20 +6,6 @@
 
 namespace refine_ext::REFINE_EXT_ISA {
 namespace {
-
-template <class F>
-auto with_storage(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::float64:
-      return f(double{});
-    case Storage::float16:
-      return f(Half{});
-    case Storage::bfloat16:
-      return f(BFloat16{});
-    default:
-      return f(float{});
-  }
-}
 
 template <Form kForm>
 struct FormTag {

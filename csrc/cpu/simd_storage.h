@@ -2,6 +2,7 @@
 // one.
 #pragma once
 
+#include "../math/density_ratio_problem.h"
 #include "simd.h"
 
 namespace refine_ext::REFINE_EXT_ISA {
@@ -21,6 +22,30 @@ template <>
 struct ComputeOf<double> {
   using type = double;
 };
+
+template <class T>
+inline constexpr Storage storage_tag = Storage::float32;
+template <>
+inline constexpr Storage storage_tag<double> = Storage::float64;
+template <>
+inline constexpr Storage storage_tag<Half> = Storage::float16;
+template <>
+inline constexpr Storage storage_tag<BFloat16> = Storage::bfloat16;
+
+// Calls f with a value of the storage's type.
+template <class F>
+REFINE_EXT_INLINE auto with_storage(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::float64:
+      return f(double{});
+    case Storage::float16:
+      return f(Half{});
+    case Storage::bfloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
+  }
+}
 
 REFINE_EXT_INLINE Vec<float> load(const float* p) { return Vec<float>::load(p); }
 REFINE_EXT_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p); }
@@ -88,6 +113,26 @@ REFINE_EXT_INLINE void store(Half* p, Vec<float> x) {
 
 REFINE_EXT_INLINE void store(float* p, Vec<float> x) { x.store(p); }
 REFINE_EXT_INLINE void store(double* p, Vec<double> x) { x.store(p); }
+
+// Past the caches, see Vec::stream.
+REFINE_EXT_INLINE void stream(float* p, Vec<float> x) { x.stream(p); }
+REFINE_EXT_INLINE void stream(double* p, Vec<double> x) { x.stream(p); }
+
+// p is aligned to half a vector.
+template <class T>
+REFINE_EXT_INLINE void stream(T* p, Vec<float> x) {
+#if defined(__AVX512F__)
+  alignas(32) T narrow[Vec<float>::kWidth];
+  store(narrow, x);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(narrow));
+#elif defined(__AVX2__)
+  alignas(16) T narrow[Vec<float>::kWidth];
+  store(narrow, x);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(narrow));
+#else
+  store(p, x);
+#endif
+}
 
 // S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many
 // at once.

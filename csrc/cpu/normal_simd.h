@@ -1,0 +1,150 @@
+// Standard normals of csrc/math/normal.h on SIMD vectors. Included by sources that are compiled once per
+// instruction set.
+#pragma once
+
+#include <utility>
+
+#include "../math/normal.h"
+#include "philox_simd.h"
+
+namespace refine_ext {
+
+template <>
+struct WordArithmetic<REFINE_EXT_ISA::Vec<float>> {
+  using V = REFINE_EXT_ISA::Vec<float>;
+  using Word = REFINE_EXT_ISA::Unsigned;
+  using Mask = REFINE_EXT_ISA::VecMask<float>;
+  static REFINE_EXT_INLINE V unsigned_value(Word w) { return {__builtin_convertvector(w, V::Native)}; }
+  static REFINE_EXT_INLINE V signed_value(Word w) { return {__builtin_convertvector((V::Bits)w, V::Native)}; }
+  static REFINE_EXT_INLINE Mask at_least(Word w, uint32_t bound) { return {(V::Bits)(w >= bound)}; }
+  static REFINE_EXT_INLINE Mask has_bits(Word w, uint32_t bits) { return {(V::Bits)((w & bits) != 0)}; }
+  static REFINE_EXT_INLINE Word complement_where(Mask mask, Word w) { return mask.bits ? ~w : w; }
+  static REFINE_EXT_INLINE V negate_by(V x, Word w) { return {(V::Native)((Word)x.v ^ (w & 0x80000000u))}; }
+  static REFINE_EXT_INLINE void split(V x, V& m, V& k) {
+    const V::Bits bits = (V::Bits)x.v;
+    const V::Bits exponent = (bits - 0x3f3504f3) >> 23;
+    m.v = (V::Native)(bits - (exponent << 23));
+    k.v = __builtin_convertvector(exponent, V::Native);
+  }
+};
+
+// A word in each 64-bit lane, whose upper half is anything.
+template <>
+struct WordArithmetic<REFINE_EXT_ISA::Vec<double>> {
+  using V = REFINE_EXT_ISA::Vec<double>;
+  using Word = REFINE_EXT_ISA::Lanes::Native;
+  using Mask = REFINE_EXT_ISA::VecMask<double>;
+  // The word as the last mantissa bits of 2^52.
+  static REFINE_EXT_INLINE V unsigned_value(Word w) {
+    const Word bits = (w & 0xffffffffu) | 0x4330000000000000u;
+    return V{(V::Native)bits} - V::splat(0x1p52);
+  }
+  static REFINE_EXT_INLINE V signed_value(Word w) {
+    return unsigned_value(w ^ uint64_t{0x80000000u}) - V::splat(0x1p31);
+  }
+  static REFINE_EXT_INLINE Mask has_bits(Word w, uint32_t bits) {
+    return {(V::Bits)((w & uint64_t{bits}) != 0)};
+  }
+  static REFINE_EXT_INLINE V negate_by(V x, Word w) {
+    return {(V::Native)((Word)x.v ^ (w & 0x80000000u) << 32)};
+  }
+};
+
+namespace REFINE_EXT_ISA {
+
+// Lane i of the result is lane kIndex[i] of a, or of b from a's width on.
+template <class Native, int... kIndex>
+REFINE_EXT_INLINE Native shuffle(Native a, Native b, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  typedef std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t> Index
+      __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Index{kIndex...});
+#endif
+}
+
+// Within groups of 4 lanes: the first (kHigh = 0) or last two of a and of b by turns.
+template <int kHigh, int... kLane>
+constexpr auto interleaved(std::integer_sequence<int, kLane...>) {
+  constexpr int kWidth = sizeof...(kLane);
+  return std::integer_sequence<int,
+                               (kLane / 4 * 4 + kLane % 4 / 2 + 2 * kHigh + (kLane % 2 ? kWidth : 0))...>{};
+}
+// Within groups of 4 lanes: the first or last two of a, then those of b.
+template <int kHigh, int... kLane>
+constexpr auto paired(std::integer_sequence<int, kLane...>) {
+  constexpr int kWidth = sizeof...(kLane);
+  return std::integer_sequence<int,
+                               (kLane / 4 * 4 + kLane % 2 + 2 * kHigh + (kLane % 4 / 2 ? kWidth : 0))...>{};
+}
+// Lanes of two vectors that hold pairs of numbers 0, 1 and 2, 3 of blocks: numbers 0 to 3 of each, from the
+// first (kHigh = 0) or the second half of the blocks.
+template <int kHigh, int... kLane>
+constexpr auto joined(std::integer_sequence<int, kLane...>) {
+  constexpr int kWidth = sizeof...(kLane);
+  return std::integer_sequence<int, ((kLane + kHigh * kWidth) / 4 * 2 + kLane % 2 +
+                                     ((kLane + kHigh * kWidth) % 4 / 2 ? kWidth : 0))...>{};
+}
+template <int kHigh, int... kLane>
+constexpr auto zipped(std::integer_sequence<int, kLane...>) {
+  constexpr int kWidth = sizeof...(kLane);
+  return std::integer_sequence<int, (kLane / 2 + kHigh * kWidth / 2 + (kLane % 2 ? kWidth : 0))...>{};
+}
+
+// The numbers of blocks [first, first + kWidth), in order.
+REFINE_EXT_INLINE void normals(const NoiseSequence& sequence, uint32_t first, Vec<float> (&z)[4]) {
+  using V = Vec<float>;
+  constexpr int kWidth = V::kWidth, kGroups = kWidth / 4;
+  using Order = std::make_integer_sequence<int, kWidth>;
+  // Transposing 4 by 4 within groups of 4 lanes puts block 4 g + c of the lanes below into vector c; packing
+  // two vectors of words takes even lanes from the one and odd ones from the other.
+  Lanes::Native lane;
+  for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l / 2 + l % 2 * 2 * kGroups);
+  const uint32_t key0 = static_cast<uint32_t>(sequence.seed),
+                 key1 = static_cast<uint32_t>(sequence.seed >> 32);
+  const Lanes step{Lanes::Native{} + uint64_t{sequence.step}};
+  const Lanes third{Lanes::Native{} + uint64_t{sequence.third_word()}};
+  const Lanes fourth{Lanes::Native{} + uint64_t{sequence.fourth_word()}};
+  const Lanes::Native even = lane + first, odd = even + kGroups;
+  const PhiloxBlock<Lanes> a = philox4x32<Lanes>({{{even}, step, third, fourth}}, key0, key1);
+  const PhiloxBlock<Lanes> b = philox4x32<Lanes>({{{odd}, step, third, fourth}}, key0, key1);
+  const auto pack = [&](int i) { return (Unsigned)((a.word[i].v & 0xffffffffu) | b.word[i].v << 32); };
+  const NormalPair<V> p = normal_pair<V>(pack(0), pack(1)), q = normal_pair<V>(pack(2), pack(3));
+  typedef V::Native N;
+  const N low01 = shuffle(p.cosine.v, p.sine.v, interleaved<0>(Order{}));
+  const N high01 = shuffle(p.cosine.v, p.sine.v, interleaved<1>(Order{}));
+  const N low23 = shuffle(q.cosine.v, q.sine.v, interleaved<0>(Order{}));
+  const N high23 = shuffle(q.cosine.v, q.sine.v, interleaved<1>(Order{}));
+  z[0].v = shuffle(low01, low23, paired<0>(Order{}));
+  z[1].v = shuffle(low01, low23, paired<1>(Order{}));
+  z[2].v = shuffle(high01, high23, paired<0>(Order{}));
+  z[3].v = shuffle(high01, high23, paired<1>(Order{}));
+}
+
+REFINE_EXT_INLINE void normals(const NoiseSequence& sequence, uint32_t first, Vec<double> (&z)[4]) {
+  using V = Vec<double>;
+  using Order = std::make_integer_sequence<int, V::kWidth>;
+  Lanes::Native lane;
+  for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l);
+  const uint32_t key0 = static_cast<uint32_t>(sequence.seed),
+                 key1 = static_cast<uint32_t>(sequence.seed >> 32);
+  const Lanes step{Lanes::Native{} + uint64_t{sequence.step}};
+  const Lanes third{Lanes::Native{} + uint64_t{sequence.third_word()}};
+  const Lanes fourth{Lanes::Native{} + uint64_t{sequence.fourth_word()}};
+  const PhiloxBlock<Lanes> a = philox4x32<Lanes>({{{lane + first}, step, third, fourth}}, key0, key1);
+  const NormalPair<V> p = normal_pair<V>(a.word[0].v, a.word[1].v);
+  const NormalPair<V> q = normal_pair<V>(a.word[2].v, a.word[3].v);
+  typedef V::Native N;
+  const N low01 = shuffle(p.cosine.v, p.sine.v, zipped<0>(Order{}));
+  const N high01 = shuffle(p.cosine.v, p.sine.v, zipped<1>(Order{}));
+  const N low23 = shuffle(q.cosine.v, q.sine.v, zipped<0>(Order{}));
+  const N high23 = shuffle(q.cosine.v, q.sine.v, zipped<1>(Order{}));
+  z[0].v = shuffle(low01, low23, joined<0>(Order{}));
+  z[1].v = shuffle(low01, low23, joined<1>(Order{}));
+  z[2].v = shuffle(high01, high23, joined<0>(Order{}));
+  z[3].v = shuffle(high01, high23, joined<1>(Order{}));
+}
+
+}  // namespace REFINE_EXT_ISA
+}  // namespace refine_ext
