@@ -21,18 +21,28 @@ from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
     from .discriminator import Discriminator
+    from .edm import sample_edm
     from .fit import fit_discriminator
+    from .guide import Guide, VPSchedule
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
-_LAZY = {"fit_discriminator": "fit", "Discriminator": "discriminator"}
+_LAZY = {
+    "Discriminator": "discriminator",
+    "Guide": "guide",
+    "VPSchedule": "guide",
+    "fit_discriminator": "fit",
+    "sample_edm": "edm",
+}
 
 __all__ = [
     "DensityRatio",
     "Discriminator",
+    "Guide",
     "Metropolis",
     "Rejection",
+    "VPSchedule",
     "density_ratio",
     "divergences",
     "fit_discriminator",
@@ -40,6 +50,7 @@ __all__ = [
     "metropolis",
     "rejection",
     "resample",
+    "sample_edm",
     "variational_bound",
 ]
 

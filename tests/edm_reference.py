@@ -1,0 +1,73 @@
+"""Restatements of Karras et al. 2022, Algorithm 2, and of Kim et al. 2022's guided sampler, in plain torch operations."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def levels(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+    if num_steps == 1:
+        return [sigma_max, 0.0]
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return [(high + i / (num_steps - 1) * (low - high)) ** rho for i in range(num_steps)] + [0.0]
+
+
+def algorithm_2(net, noise: Tensor, t: list[float], *, churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0, randn=None):
+    """Karras et al. 2022, Algorithm 2."""
+    n = len(t) - 1
+    x = t[0] * noise
+    for i in range(n):
+        gamma = min(churn / n, math.sqrt(2) - 1) if s_min <= t[i] <= s_max else 0.0
+        t_hat = t[i] + gamma * t[i]
+        eps = s_noise * randn(x)
+        x_hat = x + math.sqrt(t_hat**2 - t[i] ** 2) * eps
+        d = (x_hat - net(x_hat, torch.full((len(x),), t_hat, dtype=x.dtype))) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * d
+        if t[i + 1] != 0:
+            d2 = (x - net(x, torch.full((len(x),), t[i + 1], dtype=x.dtype))) / t[i + 1]
+            x = x_hat + (t[i + 1] - t_hat) * (0.5 * d + 0.5 * d2)
+    return x
+
+
+def guided(net, log_ratio, noise, t, *, w1, w2, boosting=False, churn=0.0, low=0.0, high=math.inf, randn=None):
+    """Kim et al. 2022: the same with the score guided by grad log r, and EDM-G++'s boosting; sigma in [low, high].
+
+    `log_ratio(x, sigma[B])` -> [B]; its gradient by autograd.
+    """
+    n, batch = len(t) - 1, len(noise)
+    columns = (-1, *[1] * (noise.dim() - 1))
+
+    def guidance(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        state = x.clone().requires_grad_()
+        value = log_ratio(state, sigma)
+        (gradient,) = torch.autograd.grad(value.sum(), state)
+        inside = (sigma >= low) & (sigma <= high)
+        return torch.where(inside.view(columns), gradient, 0.0), torch.where(inside, value.detach(), math.inf)
+
+    x = t[0] * noise
+    last_ratio = torch.full((batch,), math.inf, dtype=noise.dtype)
+    for i in range(n):
+        churns = torch.full((batch,), churn, dtype=noise.dtype)
+        if boosting and i % 5 == 0:
+            churns[last_ratio < 0] = 4.0
+        t_hat = t[i] * (1 + torch.clamp(churns / n, max=math.sqrt(2) - 1))
+        x_hat = x + (t_hat**2 - t[i] ** 2).clamp(min=0).sqrt().view(columns) * randn(x)
+        hat = t_hat.view(columns)
+        d = (x_hat - net(x_hat, t_hat)) / hat
+        if w1:
+            g, last_ratio = guidance(x_hat, t_hat)
+            w = torch.full((batch,), w1, dtype=noise.dtype)
+            if boosting and i % 2 == 0:
+                w[last_ratio < 0] *= 2
+            d = d - w.view(columns) * hat * g
+        x = x_hat + (t[i + 1] - hat) * d
+        if i < n - 1:
+            after = torch.full((batch,), t[i + 1], dtype=noise.dtype)
+            d2 = (x - net(x, after)) / t[i + 1]
+            if w2:
+                d2 = d2 - w2 * t[i + 1] * guidance(x, after)[0]
+            x = x_hat + (t[i + 1] - hat) * (0.5 * d + 0.5 * d2)
+    return x
