@@ -15,6 +15,13 @@ inline constexpr int kStepThreads = 256;
 // The terms of a kernel's two instances: Euler's and Heun's steps have at most three.
 inline constexpr int kFewTerms = 3;
 
+// Blocks of a multiprocessor: as many as leave a thread the registers that it has a use for.
+template <class T, class U, bool kMany>
+inline constexpr int kStepBlocks = !std::is_same_v<T, U> || sizeof(T) == 8 ? (kMany ? 1 : 2)
+                                   : kMany                                 ? 2
+                                   : sizeof(T) == 2                        ? 3
+                                                                           : 4;
+
 template <class T>
 inline constexpr Storage kStorageOf = Storage::float32;
 template <>
@@ -80,7 +87,7 @@ struct Elements {
 //
 // A term whose coefficient is zero is not loaded, and stands for zeros.
 template <class T, class U, bool kNoisy, bool kMany>
-__global__ void __launch_bounds__(kStepThreads, (kMany ? 2 : 3) - (kStorageOf<T> != kStorageOf<U>))
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, U, kMany>)
     guided_step_kernel(const GuidedStepProblem problem, const Layout layout) {
   using C = typename ComputeOf<T>::type;
   constexpr int kTerms = kMany ? kMostTerms : kFewTerms;
