@@ -25,10 +25,10 @@ def log_tail(z):
 
 
 def log1p_tail(f):
-    """(log(1 + f) - f) / f^2."""
+    """-2 (log(1 + f) - f) / f^2."""
     if abs(f) < mpf(10) ** -12:
-        return -mpf(1) / 2 + f / 3 - f * f / 4
-    return (log1p(f) - f) / f**2
+        return 1 - 2 * f / 3 + f * f / 2
+    return -2 * (log1p(f) - f) / f**2
 
 
 def sine_factor(z):
@@ -65,9 +65,7 @@ if __name__ == "__main__":
         fit("exp_tail", exp_tail, [-half, half], exp_degree, lambda r, q: r * q if r else q)
         fit("log_tail", log_tail, [mpf(0), top], log_degree, lambda z, p: z * p / 2)
     print("--- normals")
-    margin = mpf(2) ** -20
-    unit = [1 / sqrt(mpf(2)) - 1 - margin, sqrt(mpf(2)) - 1 + margin]
-    fit("log1p_tail", log1p_tail, unit, 7, lambda f, q: f * q / (1 + f * log1p_tail(f)))
+    fit("log1p_tail", log1p_tail, [-mpf(1) / 2, mpf(0)], 7, lambda f, q: f * q / (2 - f * log1p_tail(f)))
     eighth = [mpf(0), mpf(1) / 64]
     for sine_degree, cosine_degree in ((3, 3), (6, 6)):
         fit("sine_factor", sine_factor, eighth, sine_degree, lambda z, p: p / sine_factor(z))

@@ -52,13 +52,13 @@ struct Block {
 };
 
 template <class T, bool kNoisy>
-REFINE_EXT_INLINE void step_block(const StepRange& range, const StepTerm* terms, T* out, uint32_t block,
-                                  int64_t at, bool stream) {
+REFINE_EXT_INLINE void step_block(const StepRange& range, const NoiseLanes& lanes, const StepTerm* terms,
+                                  T* out, uint32_t block, int64_t at, bool stream) {
   using S = typename ComputeOf<T>::type;
   using V = Vec<S>;
   Block<S> sum;
   V z[4];
-  if constexpr (kNoisy) normals(range.sequence, block, z);
+  if constexpr (kNoisy) lanes.normals(block, z);
   if (range.terms > 0) {
     sum.template add_term<true, T>(terms[0], at);
   } else {
@@ -73,7 +73,9 @@ REFINE_EXT_INLINE void step_block(const StepRange& range, const StepTerm* terms,
 }
 
 template <class T, bool kNoisy>
-void step_range(const StepRange& range) {
+void step_range(const StepRange& argument) {
+  const StepRange range = argument;  // which no store can change
+  const NoiseLanes noise(range.sequence);
   using S = typename ComputeOf<T>::type;
   constexpr int64_t kElements = Block<S>::kElements;
   static_assert(kStepBlock % kElements == 0);
@@ -81,7 +83,7 @@ void step_range(const StepRange& range) {
   const auto block_of = [](int64_t at) { return static_cast<uint32_t>(at / 4); };
   int64_t at = range.begin;
   for (; at + kElements <= range.end; at += kElements) {
-    step_block<T, kNoisy>(range, range.term, out, block_of(at), at, range.stream);
+    step_block<T, kNoisy>(range, noise, range.term, out, block_of(at), at, range.stream);
   }
   if (const int64_t count = range.end - at; count > 0) {
     // The last elements with others beside them, by the same arithmetic.
@@ -94,7 +96,7 @@ void step_range(const StepRange& range) {
       std::memcpy(lanes[k], static_cast<const char*>(range.term[k].data) + at * size, count * size);
       padded[k] = {lanes[k], range.term[k].storage, range.term[k].coefficient};
     }
-    step_block<T, kNoisy>(range, padded, result, block_of(at), 0, false);
+    step_block<T, kNoisy>(range, noise, padded, result, block_of(at), 0, false);
     std::memcpy(out + at, result, count * sizeof(T));
   }
   if (range.stream) stream_fence();

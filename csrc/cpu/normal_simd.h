@@ -16,15 +16,18 @@ struct WordArithmetic<REFINE_EXT_ISA::Vec<float>> {
   using Mask = REFINE_EXT_ISA::VecMask<float>;
   static REFINE_EXT_INLINE V unsigned_value(Word w) { return {__builtin_convertvector(w, V::Native)}; }
   static REFINE_EXT_INLINE V signed_value(Word w) { return {__builtin_convertvector((V::Bits)w, V::Native)}; }
-  static REFINE_EXT_INLINE Mask at_least(Word w, uint32_t bound) { return {(V::Bits)(w >= bound)}; }
   static REFINE_EXT_INLINE Mask has_bits(Word w, uint32_t bits) { return {(V::Bits)((w & bits) != 0)}; }
-  static REFINE_EXT_INLINE Word complement_where(Mask mask, Word w) { return mask.bits ? ~w : w; }
   static REFINE_EXT_INLINE V negate_by(V x, Word w) { return {(V::Native)((Word)x.v ^ (w & 0x80000000u))}; }
   static REFINE_EXT_INLINE void split(V x, V& m, V& k) {
+#if defined(__AVX512F__)
+    m.v = (V::Native)_mm512_getmant_ps((__m512)x.v, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);
+    k.v = (V::Native)_mm512_getexp_ps((__m512)x.v) + 1.0f;
+#else
     const V::Bits bits = (V::Bits)x.v;
-    const V::Bits exponent = (bits - 0x3f3504f3) >> 23;
+    const V::Bits exponent = (bits - 0x3f000000) >> 23;
     m.v = (V::Native)(bits - (exponent << 23));
     k.v = __builtin_convertvector(exponent, V::Native);
+#endif
   }
 };
 
@@ -92,59 +95,76 @@ constexpr auto zipped(std::integer_sequence<int, kLane...>) {
   return std::integer_sequence<int, (kLane / 2 + kHigh * kWidth / 2 + (kLane % 2 ? kWidth : 0))...>{};
 }
 
-// The numbers of blocks [first, first + kWidth), in order.
-REFINE_EXT_INLINE void normals(const NoiseSequence& sequence, uint32_t first, Vec<float> (&z)[4]) {
-  using V = Vec<float>;
-  constexpr int kWidth = V::kWidth, kGroups = kWidth / 4;
-  using Order = std::make_integer_sequence<int, kWidth>;
-  // Transposing 4 by 4 within groups of 4 lanes puts block 4 g + c of the lanes below into vector c; packing
-  // two vectors of words takes even lanes from the one and odd ones from the other.
-  Lanes::Native lane;
-  for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l / 2 + l % 2 * 2 * kGroups);
-  const uint32_t key0 = static_cast<uint32_t>(sequence.seed),
-                 key1 = static_cast<uint32_t>(sequence.seed >> 32);
-  const Lanes step{Lanes::Native{} + uint64_t{sequence.step}};
-  const Lanes third{Lanes::Native{} + uint64_t{sequence.third_word()}};
-  const Lanes fourth{Lanes::Native{} + uint64_t{sequence.fourth_word()}};
-  const Lanes::Native even = lane + first, odd = even + kGroups;
-  const PhiloxBlock<Lanes> a = philox4x32<Lanes>({{{even}, step, third, fourth}}, key0, key1);
-  const PhiloxBlock<Lanes> b = philox4x32<Lanes>({{{odd}, step, third, fourth}}, key0, key1);
-  const auto pack = [&](int i) { return (Unsigned)((a.word[i].v & 0xffffffffu) | b.word[i].v << 32); };
-  const NormalPair<V> p = normal_pair<V>(pack(0), pack(1)), q = normal_pair<V>(pack(2), pack(3));
-  typedef V::Native N;
-  const N low01 = shuffle(p.cosine.v, p.sine.v, interleaved<0>(Order{}));
-  const N high01 = shuffle(p.cosine.v, p.sine.v, interleaved<1>(Order{}));
-  const N low23 = shuffle(q.cosine.v, q.sine.v, interleaved<0>(Order{}));
-  const N high23 = shuffle(q.cosine.v, q.sine.v, interleaved<1>(Order{}));
-  z[0].v = shuffle(low01, low23, paired<0>(Order{}));
-  z[1].v = shuffle(low01, low23, paired<1>(Order{}));
-  z[2].v = shuffle(high01, high23, paired<0>(Order{}));
-  z[3].v = shuffle(high01, high23, paired<1>(Order{}));
-}
+// A sequence with the keys of all rounds, which a loop would otherwise make again for every block.
+class NoiseLanes {
+ public:
+  REFINE_EXT_INLINE explicit NoiseLanes(const NoiseSequence& sequence)
+      : step_(sequence.step), third_(sequence.third_word()), fourth_(sequence.fourth_word()) {
+    uint32_t key0 = static_cast<uint32_t>(sequence.seed), key1 = static_cast<uint32_t>(sequence.seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      key_[round][0] = key0;
+      key_[round][1] = key1;
+      key0 += kPhiloxWeyl0;
+      key1 += kPhiloxWeyl1;
+    }
+  }
 
-REFINE_EXT_INLINE void normals(const NoiseSequence& sequence, uint32_t first, Vec<double> (&z)[4]) {
-  using V = Vec<double>;
-  using Order = std::make_integer_sequence<int, V::kWidth>;
-  Lanes::Native lane;
-  for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l);
-  const uint32_t key0 = static_cast<uint32_t>(sequence.seed),
-                 key1 = static_cast<uint32_t>(sequence.seed >> 32);
-  const Lanes step{Lanes::Native{} + uint64_t{sequence.step}};
-  const Lanes third{Lanes::Native{} + uint64_t{sequence.third_word()}};
-  const Lanes fourth{Lanes::Native{} + uint64_t{sequence.fourth_word()}};
-  const PhiloxBlock<Lanes> a = philox4x32<Lanes>({{{lane + first}, step, third, fourth}}, key0, key1);
-  const NormalPair<V> p = normal_pair<V>(a.word[0].v, a.word[1].v);
-  const NormalPair<V> q = normal_pair<V>(a.word[2].v, a.word[3].v);
-  typedef V::Native N;
-  const N low01 = shuffle(p.cosine.v, p.sine.v, zipped<0>(Order{}));
-  const N high01 = shuffle(p.cosine.v, p.sine.v, zipped<1>(Order{}));
-  const N low23 = shuffle(q.cosine.v, q.sine.v, zipped<0>(Order{}));
-  const N high23 = shuffle(q.cosine.v, q.sine.v, zipped<1>(Order{}));
-  z[0].v = shuffle(low01, low23, joined<0>(Order{}));
-  z[1].v = shuffle(low01, low23, joined<1>(Order{}));
-  z[2].v = shuffle(high01, high23, joined<0>(Order{}));
-  z[3].v = shuffle(high01, high23, joined<1>(Order{}));
-}
+  // The numbers of blocks [first, first + kWidth), in order.
+  REFINE_EXT_INLINE void normals(uint32_t first, Vec<float> (&z)[4]) const {
+    using V = Vec<float>;
+    constexpr int kWidth = V::kWidth, kGroups = kWidth / 4;
+    using Order = std::make_integer_sequence<int, kWidth>;
+    // Transposing 4 by 4 within groups of 4 lanes puts block 4 g + c of the lanes below into vector c;
+    // packing two vectors of words takes even lanes from the one and odd ones from the other.
+    Lanes::Native lane;
+    for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l / 2 + l % 2 * 2 * kGroups);
+    const PhiloxBlock<Lanes> a = blocks({lane + first}), b = blocks({lane + (first + kGroups)});
+    const auto pack = [&](int i) { return (Unsigned)((a.word[i].v & 0xffffffffu) | b.word[i].v << 32); };
+    const NormalPair<V> p = normal_pair<V>(pack(0), pack(1)), q = normal_pair<V>(pack(2), pack(3));
+    typedef V::Native N;
+    const N low01 = shuffle(p.cosine.v, p.sine.v, interleaved<0>(Order{}));
+    const N high01 = shuffle(p.cosine.v, p.sine.v, interleaved<1>(Order{}));
+    const N low23 = shuffle(q.cosine.v, q.sine.v, interleaved<0>(Order{}));
+    const N high23 = shuffle(q.cosine.v, q.sine.v, interleaved<1>(Order{}));
+    z[0].v = shuffle(low01, low23, paired<0>(Order{}));
+    z[1].v = shuffle(low01, low23, paired<1>(Order{}));
+    z[2].v = shuffle(high01, high23, paired<0>(Order{}));
+    z[3].v = shuffle(high01, high23, paired<1>(Order{}));
+  }
+
+  REFINE_EXT_INLINE void normals(uint32_t first, Vec<double> (&z)[4]) const {
+    using V = Vec<double>;
+    using Order = std::make_integer_sequence<int, V::kWidth>;
+    Lanes::Native lane;
+    for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l);
+    const PhiloxBlock<Lanes> a = blocks({lane + first});
+    const NormalPair<V> p = normal_pair<V>(a.word[0].v, a.word[1].v);
+    const NormalPair<V> q = normal_pair<V>(a.word[2].v, a.word[3].v);
+    typedef V::Native N;
+    const N low01 = shuffle(p.cosine.v, p.sine.v, zipped<0>(Order{}));
+    const N high01 = shuffle(p.cosine.v, p.sine.v, zipped<1>(Order{}));
+    const N low23 = shuffle(q.cosine.v, q.sine.v, zipped<0>(Order{}));
+    const N high23 = shuffle(q.cosine.v, q.sine.v, zipped<1>(Order{}));
+    z[0].v = shuffle(low01, low23, joined<0>(Order{}));
+    z[1].v = shuffle(low01, low23, joined<1>(Order{}));
+    z[2].v = shuffle(high01, high23, joined<0>(Order{}));
+    z[3].v = shuffle(high01, high23, joined<1>(Order{}));
+  }
+
+ private:
+  REFINE_EXT_INLINE PhiloxBlock<Lanes> blocks(Lanes index) const {
+    const Lanes::Native zero{};
+    PhiloxBlock<Lanes> counter{{index, {zero + step_}, {zero + third_}, {zero + fourth_}}};
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      counter = philox_round(counter, key_[round][0], key_[round][1]);
+    }
+    return counter;
+  }
+
+  uint64_t step_, third_, fourth_;
+  uint64_t key_[kPhiloxRounds][2];  // as wide as a lane, so that one instruction loads and spreads them
+};
 
 }  // namespace REFINE_EXT_ISA
 }  // namespace refine_ext

@@ -19,7 +19,7 @@ struct Lanes {
 };
 
 REFINE_EXT_INLINE Lanes operator^(Lanes a, Lanes b) { return {a.v ^ b.v}; }
-REFINE_EXT_INLINE Lanes operator^(Lanes a, uint32_t b) { return {a.v ^ static_cast<uint64_t>(b)}; }
+REFINE_EXT_INLINE Lanes operator^(Lanes a, uint64_t b) { return {a.v ^ b}; }
 
 REFINE_EXT_INLINE void multiply_wide(Lanes a, uint32_t b, Lanes& high, Lanes& low) {
   const Lanes::Native factor = Lanes::Native{} + static_cast<uint64_t>(b);

@@ -10,15 +10,13 @@
 namespace refine_ext {
 
 // What Box-Muller asks of words, beside Arithmetic<V>. Word is a uint32_t, or a SIMD vector with a word for
-// each lane of V (csrc/cpu/normal_simd.h specialises WordArithmetic).
+// each lane of V (csrc/cpu/normal_simd.h specialises WordArithmetic, and adds `split` for float32).
 template <class V>
 struct WordArithmetic {
   using Word = uint32_t;
   static REFINE_EXT_INLINE V unsigned_value(Word w) { return static_cast<V>(w); }
   static REFINE_EXT_INLINE V signed_value(Word w) { return static_cast<V>(static_cast<int32_t>(w)); }
-  static REFINE_EXT_INLINE bool at_least(Word w, uint32_t bound) { return w >= bound; }
   static REFINE_EXT_INLINE bool has_bits(Word w, uint32_t bits) { return (w & bits) != 0; }
-  static REFINE_EXT_INLINE Word complement_where(bool mask, Word w) { return mask ? ~w : w; }
   // -x where the word's highest bit is set.
   static REFINE_EXT_INLINE V negate_by(V x, Word w) {
     if constexpr (sizeof(V) == 4) {
@@ -26,14 +24,6 @@ struct WordArithmetic {
     } else {
       return std::bit_cast<V>(std::bit_cast<uint64_t>(x) ^ uint64_t{w & 0x80000000u} << 32);
     }
-  }
-  // x = m 2^k for a normal number x > 0, m in [sqrt(1/2), sqrt(2)), k integer-valued. For V = float.
-  static REFINE_EXT_INLINE void split(V x, V& m, V& k) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    // Subtracting sqrt(1/2)'s bits makes the exponent field change at sqrt(1/2) 2^k instead of at 2^k.
-    const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
-    m = std::bit_cast<V>(bits - (static_cast<uint32_t>(exponent) << 23));
-    k = static_cast<V>(exponent);
   }
 };
 
@@ -49,11 +39,11 @@ struct NormalTables;
 
 template <>
 struct NormalTables<float> {
-  // (log(1 + f) - f) / f^2 for 1 + f in [sqrt(1/2), sqrt(2)], sin(2 pi f) / f and (cos(2 pi f) - 1) / f^2 in
-  // f^2 for |f| <= 1/8.
+  // -2 (log(1 + f) - f) / f^2 for f in [-1/2, 0]; sin(2 pi f) / f and (cos(2 pi f) - 1) / f^2 in f^2 for
+  // |f| <= 1/8.
   static REFINE_EXT_INLINE constexpr Polynomial<8> log1p() {
-    return {{-0.499999971326073935, 0.333336706165587653, -0.250011477122167791, 0.199720493534750232,
-             -0.165884870734030865, 0.14834790062971021, -0.141596618559349758, 0.0878727485375789994}};
+    return {{0.999999767805863148, -0.666725893215194125, 0.497558326690173239, -0.437682658698316874,
+             0.054386250239955716, -1.36651796723183248, -1.91489002229282498, -2.11605903979757238}};
   }
   static REFINE_EXT_INLINE constexpr Polynomial<4> sine() {
     return {{6.28318528781294674, -41.3416625705479549, 81.5925428713015433, -75.4016127027474585}};
@@ -88,38 +78,39 @@ REFINE_EXT_INLINE V horner(V x, const Polynomial<N>& p) {
   return sum;
 }
 
-// log((w + 1/2) / 2^32), to a few roundings of itself near u = 1 too.
+// -2 log((w + 1/2) / 2^32), to a few roundings of itself near u = 1 too.
 template <class V, class Word>
-REFINE_EXT_INLINE V log_unit(Word w) {
+REFINE_EXT_INLINE V squared_radius(Word w) {
   using A = Arithmetic<V>;
   using W = WordArithmetic<V>;
   const V scale = A::splat(0x1p-32), half = A::splat(0x1p-33);
   if constexpr (sizeof(typename A::Scalar) == 8) {
-    return A::log(W::unsigned_value(w) * scale + half);  // u is exact
+    return A::splat(-2.0) * A::log(W::unsigned_value(w) * scale + half);  // u is exact
   } else {
-    // From sqrt(1/2) on the logarithm is that of 1 - (~w + 1/2) / 2^32: u itself would round to 1.
-    const auto near = W::at_least(w, 0xB504F334u);
-    const V t = W::unsigned_value(W::complement_where(near, w)) * scale + half;
-    const V zero = A::splat(0.0);
+    // As a signed number the word gives u below 1/2 and u - 1 from there on, where u itself would be rounded.
+    // log u = k log 2 + log(1 + f) is a sum of two negative numbers.
+    const V zero = A::splat(0.0), one = A::splat(1.0);
+    const V t = W::signed_value(w) * scale + half;
+    const auto upper = t < zero;
     V m, k;
     W::split(t, m, k);
-    const V f = A::select(near, zero - t, m - A::splat(1.0));
-    const V log1p = f * f * horner(f, NormalTables<float>::log1p()) + f;
-    return A::select(near, zero, k) * A::splat(0.693147180559945309) + log1p;
+    const V f = A::select(upper, t, m - one);
+    const V minus_two_log1p = f * (f * horner(f, NormalTables<float>::log1p()) - A::splat(2.0));
+    return A::select(upper, zero, k) * A::splat(-1.38629436111989062) + minus_two_log1p;
   }
 }
 
 // A CUDA thread's: the special unit's logarithm, but next to one, where only its absolute error is small.
 // There, -log(1 - t) = 2 s + s^3 R(s^2) with s = t / (2 - t), as in Arithmetic<float>::log1p.
 template <>
-REFINE_EXT_INLINE float log_unit<float, uint32_t>(uint32_t w) {
+REFINE_EXT_INLINE float squared_radius<float, uint32_t>(uint32_t w) {
   using A = Arithmetic<float>;
   using T = FloatLog;
   const bool near = w >= 0xB504F334u;
   const float t = static_cast<float>(near ? ~w : w) * 0x1p-32f + 0x1p-33f;
   const float s = A::quotient(t, 2.0f - t), z = s * s;
-  const float series = -2.0f * s - s * z * ((T::r2 * z + T::r1) * z + T::r0);
-  return near ? series : A::log_below_one(t);
+  const float series = s * (z * ((2.0f * T::r2 * z + 2.0f * T::r1) * z + 2.0f * T::r0) + 4.0f);
+  return near ? series : -1.38629436f * A::log2_below_one(t);
 }
 
 template <class V>
@@ -132,7 +123,7 @@ REFINE_EXT_INLINE NormalPair<V> normal_pair(Word radius_word, Word angle_word) {
   using A = Arithmetic<V>;
   using W = WordArithmetic<V>;
   using T = NormalTables<typename A::Scalar>;
-  const V radius = A::sqrt(A::splat(-2.0) * log_unit<V>(radius_word));
+  const V radius = A::sqrt(squared_radius<V>(radius_word));
   // v = q/4 + f with |f| <= 1/8: four times the word, taken as a signed number, is 2^34 f. In the word moved
   // by an eighth of a turn q is the two highest bits.
   const Word turned = angle_word + 0x20000000u;

@@ -30,22 +30,31 @@ REFINE_EXT_INLINE void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uin
   low = static_cast<uint32_t>(product);
 }
 
+inline constexpr int kPhiloxRounds = 10;
+
+// What each round adds to the key: golden ratio, sqrt(3) - 1.
+inline constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+
+template <class Word, class Key>
+REFINE_EXT_INLINE PhiloxBlock<Word> philox_round(const PhiloxBlock<Word>& counter, Key key0, Key key1) {
+  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  Word high0, low0, high1, low1;
+  multiply_wide(counter.word[0], kMultiplier0, high0, low0);
+  multiply_wide(counter.word[2], kMultiplier1, high1, low1);
+  return {{high1 ^ counter.word[1] ^ key0, low1, high0 ^ counter.word[3] ^ key1, low0}};
+}
+
 template <class Word>
 REFINE_EXT_INLINE PhiloxBlock<Word> philox4x32(PhiloxBlock<Word> counter, uint32_t key0, uint32_t key1) {
-  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;  // golden ratio, sqrt(3) - 1
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
-  for (int round = 0; round < 10; ++round) {
-    Word high0, low0, high1, low1;
-    multiply_wide(counter.word[0], kMultiplier0, high0, low0);
-    multiply_wide(counter.word[2], kMultiplier1, high1, low1);
-    counter = {{high1 ^ counter.word[1] ^ key0, low1, high0 ^ counter.word[3] ^ key1, low0}};
-    key0 += kWeyl0;
-    key1 += kWeyl1;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    counter = philox_round(counter, key0, key1);
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
   }
   return counter;
 }
