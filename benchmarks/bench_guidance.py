@@ -188,8 +188,8 @@ def trajectory_case(
         noise = normal(shape, random)
         return {"net": net, "discriminator": discriminator, "noise": noise, "free": Free(noise)}
 
-    def ours(s: dict[str, Any], discriminator: Any = None, net: Any = None) -> Tensor:
-        return rx.sample_edm(net or s["net"], s["noise"], discriminator=discriminator, num_steps=num_steps)
+    def ours(s: dict[str, Any], discriminator: Any = None, net: Any = None, **options: Any) -> Tensor:
+        return rx.sample_edm(net or s["net"], s["noise"], discriminator=discriminator, num_steps=num_steps, **options)
 
     def loop(run: Callable[..., Tensor]) -> Callable[[dict[str, Any]], Tensor]:
         return lambda s: run(s["net"], s["discriminator"], s["noise"], levels)
@@ -203,6 +203,7 @@ def trajectory_case(
         contenders={
             "refine_ext": lambda s: ours(s, s["discriminator"]),
             "networks": loop(networks_alone),
+            "refine_ext_float32": lambda s: ours(s, s["discriminator"], dtype=torch.float32),
             "refine_ext_unguided": lambda s: ours(s),
             "refine_ext_free": lambda s: ours(s, s["free"].discriminator, s["free"].net),
             "edm loop": loop(edm_loop),
@@ -221,13 +222,18 @@ def trajectory_case(
 def cases(device: str, quick: bool) -> Iterator[Case]:
     f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
     if quick:
-        images, many = (4, 3, 16, 16), (3, 100)
-    else:
-        images, many = ((64, 12_288), (2, 12_288)) if device == "cpu" else ((64, 3, 512, 512), (64, 3, 32, 32))
-    for shape in (images, many):
+        images, others = (4, 3, 16, 16), [(3, 100)]
+    elif device == "cpu":
+        images, others = (64, 12_288), [(2, 12_288), (512, 12_288)]
+    else:  # what a run that is cut short must have comes first
+        images, others = (64, 3, 512, 512), [(64, 3, 32, 32), (64, 3, 128, 128)]
+    for noisy in (True, False):
+        for dtype in (f32, bf16, f64):
+            yield step_case(images, noisy, dtype, compiled=not quick and dtype == f32)
+    yield normals_case(images, f32)
+    for shape in others:
         for noisy in (True, False):
-            for dtype in (f32, bf16, f64) if shape == images else (f32,):
-                yield step_case(shape, noisy, dtype, compiled=not quick and dtype == f32 and shape == images)
+            yield step_case(shape, noisy, f32)
         yield normals_case(shape, f32)
     yield factor_case(64 if quick else 4096)
     if quick:
