@@ -181,8 +181,8 @@ def guidance() -> str:
         )
     lines.append(
         f"\n{_machine(result['facts'])}. How many times longer torch takes. Arithmetic: the same trajectory on "
-        "networks that return at once, over the whole; autograd's own part of a discriminator's call is in it. k-diffusion's "
-        "state is float32 and compared with ours in float32."
+        "networks that return at once, over the whole; autograd's own part of a discriminator's call is in it. "
+        "k-diffusion's state is float32, and compared with ours in float32."
     )
     return "\n".join(lines)
 

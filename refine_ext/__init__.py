@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
-from . import _C, _library, _ops  # noqa: F401  (loads the libraries, registers the ops)
+from . import _C, _library, _ops, _ops_guidance  # noqa: F401  (loads the libraries, registers the ops)
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
+    from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
 
 __version__: str = _C.build_info()["version"]
@@ -33,6 +34,9 @@ _LAZY = {
     "Guide": "guide",
     "VPSchedule": "guide",
     "fit_discriminator": "fit",
+    "guided_score": "guidance",
+    "guided_step": "guidance",
+    "philox_normal": "guidance",
     "sample_edm": "edm",
 }
 
@@ -46,8 +50,11 @@ __all__ = [
     "density_ratio",
     "divergences",
     "fit_discriminator",
+    "guided_score",
+    "guided_step",
     "logistic_loss",
     "metropolis",
+    "philox_normal",
     "rejection",
     "resample",
     "sample_edm",

@@ -27,14 +27,14 @@ def reraise(function: str, error: RuntimeError) -> None:
         raise ValueError(f"{function}: {reason}") from None
 
 
-def check_floating(function: str, argument: str, value: Tensor) -> None:
+def check_floating(function: str, argument: str, value: Tensor, *, may_be_empty: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{function}: {argument} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{function}: {argument} must be float64, float32, float16 or bfloat16, got {value.dtype}")
-    if value.numel() == 0:
+    if not may_be_empty and value.numel() == 0:
         raise ValueError(f"{function}: {argument} must not be empty, got shape {list(value.shape)}")
     if value.device.type != "cpu":
         require_device(function, argument, value)
