@@ -36,23 +36,23 @@ def _levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: f
         raise ValueError(
             f"sample_edm: need 0 < sigma_min < sigma_max, got {low:g} and {high:g} (within the network's own range)"
         )
-    i = torch.arange(num_steps, dtype=torch.float64) / max(1, num_steps - 1)
-    levels = (high ** (1 / rho) + i * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return [*_rounded(net, levels).tolist(), 0.0]
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    levels = [(first + i / max(1, num_steps - 1) * (last - first)) ** rho for i in range(num_steps)]
+    return [*_rounded(net, levels), 0.0]
 
 
-def _rounded(net: Any, levels: Tensor) -> Tensor:
-    return torch.as_tensor(net.round_sigma(levels)) if hasattr(net, "round_sigma") else levels
+def _rounded(net: Any, levels: list[float]) -> list[float]:
+    if not hasattr(net, "round_sigma"):
+        return levels
+    return torch.as_tensor(net.round_sigma(torch.tensor(levels, dtype=torch.float64))).tolist()
 
 
 def _raises(net: Any, levels: list[float], churn: float, s_min: float, s_max: float, s_noise: float) -> list[_Raise]:
     """What churn does at each level but the last."""
     gain = min(churn / (len(levels) - 1), _MOST_CHURN)
-    current = torch.tensor(levels[:-1], dtype=torch.float64)
-    inside = (current >= s_min) & (current <= s_max)
-    raised = _rounded(net, torch.where(inside, current * (1 + gain), current))
-    noise = ((raised - current) * (raised + current)).clamp(min=0.0).sqrt() * s_noise
-    return [_Raise(*pair) for pair in zip(raised.tolist(), noise.tolist(), strict=True)]
+    raised = _rounded(net, [t * (1 + gain) if s_min <= t <= s_max else t for t in levels[:-1]])
+    # (raised - t) (raised + t) does not cancel where the squares would
+    return [_Raise(r, s_noise * math.sqrt(max(0.0, (r - t) * (r + t)))) for r, t in zip(raised, levels, strict=False)]
 
 
 def _euler(sigma: Level, target: float) -> tuple[Level, ...]:
@@ -147,6 +147,10 @@ def sample_edm(
     True
     """
     check_floating("sample_edm", "noise", noise)
+    if noise.dim() == 0:
+        raise ValueError("sample_edm: noise must be [B, ...], got a 0-dim tensor")
+    if boosting and discriminator is None:
+        raise ValueError("sample_edm: boosting needs a discriminator")
     _check(net, num_steps, order, rho, S_churn, S_noise, dtype)
     levels = _levels(net, num_steps, sigma_min, sigma_max, rho)
     churn = _raises(net, levels, S_churn, S_min, S_max, S_noise)
@@ -185,13 +189,13 @@ def sample_edm(
                 middle = updates(x, terms, coefficients, factor, out=middle)
                 gradient, factor = guidance.second(middle, target)
                 terms, coefficients = [middle, denoise(middle, target), *gradient], _heun(sigma, target)
-            if last:
-                return guidance.finished(updates(x, terms, coefficients, factor))
-            sigma, added = guidance.raised(i + 1, noise)
+            if not last:
+                sigma, added = guidance.raised(i + 1, noise)
             # What a callback was given stays as it was.
             out = None if callback else x
-            x = updates(x, terms, coefficients, factor, noise=added, step=i + 1, out=out)
-    raise AssertionError("unreachable")
+            x = updates(x, terms, coefficients, factor, noise=added, step=None if last else i + 1, out=out)
+    guidance.finish()
+    return x
 
 
 class _Updates:
@@ -219,13 +223,17 @@ class _Updates:
         used = list(coefficients[: len(terms) + 1])
         if self.randn_like is not None and step is not None:
             last = len(terms) if factor is None else len(terms) - 1  # the factor is the last term's
-            terms = [*terms[:last], as_term(self.randn_like(x), x), *terms[last:]]
+            injected = self.randn_like(x)
+            if injected.shape != x.shape:
+                raise ValueError(f"sample_edm: randn_like must return {list(x.shape)}, got {list(injected.shape)}")
+            terms = [*terms[:last], as_term(injected, x), *terms[last:]]
             used.insert(last + 1, noise)
-        elif _is_zero(noise):
             step = None
-        else:
+        elif step is not None and not _is_zero(noise):
             used.append(noise)
-        if step is None or self.randn_like is not None:
+        else:
+            step = None
+        if step is None:
             return guided_step(x, terms, _row(used), factor=factor, out=out)
         if self.seed is None:
             where = "cpu" if self.generator is None else self.generator.device
@@ -293,10 +301,9 @@ class _Guidance:
                 f"{self.guide.sigma_max:g}, and the steps are from {min(guided):g} to {max(guided):g}"
             )
 
-    def finished(self, x: Tensor) -> Tensor:
+    def finish(self) -> None:
         if self.guide is not None:
             self.guide.finish()
-        return x
 
     def _speaks(self, weight: Level, *levels: float) -> bool:
         return not _is_zero(weight) and self.guide is not None and any(map(self.guide.covers, levels))

@@ -142,10 +142,11 @@ class Guide:
         self.check = check
         self.calls = 0
         self._first_bad: Tensor | None = None  # the noise level of the first NaN, on the device; +inf for none
-        if check and self.kind == "logit" and isinstance(discriminator, nn.Module):
-            last = list(discriminator.modules())[-1]
-            if isinstance(last, (nn.Sigmoid, nn.Softmax)):
-                raise _probabilities(f"ends in {type(last).__name__}")
+        last: Any = discriminator
+        while isinstance(last, nn.Sequential) and len(last):
+            last = last[-1]
+        if check and self.kind == "logit" and isinstance(last, (nn.Sigmoid, nn.Softmax)):
+            raise _probabilities(f"ends in {type(last).__name__}")
 
     def _range(self, low: float | None, high: float | None) -> tuple[float, float]:
         trained_low = getattr(self.discriminator, "sigma_min", None)
@@ -154,19 +155,18 @@ class Guide:
             trained_low = self.schedule.sigma(self.schedule.time_min) if trained_low is None else trained_low
             trained_high = self.schedule.sigma(self.schedule.time_max) if trained_high is None else trained_high
         trained = (
-            (0.0 if trained_low is None else float(trained_low)),
-            float(math.inf if trained_high is None else trained_high),
+            0.0 if trained_low is None else float(trained_low),
+            math.inf if trained_high is None else float(trained_high),
         )
         low = trained[0] if low is None else float(low)
         high = trained[1] if high is None else float(high)
         if not 0.0 <= low < high:
             raise ValueError(f"Guide: need 0 <= sigma_min < sigma_max, got {low:g} and {high:g}")
-        for name, outside in (("sigma_min", low < trained[0]), ("sigma_max", high > trained[1])):
-            if outside:
-                raise ValueError(
-                    f"Guide: {name} = {low if name == 'sigma_min' else high:g} is outside the range the discriminator "
-                    f"was trained on, {trained[0]:g} to {trained[1]:g}"
-                )
+        if low < trained[0] or high > trained[1]:
+            raise ValueError(
+                f"Guide: sigma_min and sigma_max, {low:g} and {high:g}, must be in the range the discriminator was "
+                f"trained on, {trained[0]:g} to {trained[1]:g}"
+            )
         return low, high
 
     @classmethod
@@ -238,6 +238,9 @@ class Guide:
         and the range of noise levels."""
         sigma, alpha = per_sample(sigma, h, "sigma"), per_sample(alpha, h, "alpha")
         w = _at(self.weight, sigma / alpha)
+        for value in (w, weight):
+            if isinstance(value, Tensor):
+                per_sample(value, h, "weight")
         return guidance_factor(
             h,
             divergence=self.divergence,
@@ -256,15 +259,8 @@ class Guide:
         """``[B]`` log r of the outputs at their noise levels, float64: ``h - nu`` for a logit."""
         shift = _at(self.shift, per_sample(sigma, h, "sigma") / per_sample(alpha, h, "alpha"))
         shift = per_sample(shift, h, "shift")
-        outputs = h.double().reshape(-1, 1)
-        result = density_ratio(
-            outputs,
-            self.divergence,
-            kind=self.kind,
-            dim=1,
-            shift=shift,
-            nan_policy="propagate",
-        )
+        groups = h.double().reshape(-1, 1)
+        result = density_ratio(groups, self.divergence, kind=self.kind, dim=1, shift=shift, nan_policy="propagate")
         return result.log_ratio.reshape(-1)
 
     def finish(self) -> None:
