@@ -85,7 +85,9 @@ struct Elements {
 // blocks and whole packs of both; where rows do not begin on a pack, or have terms of a third storage, and
 // for what is left at a row's end, one Philox block at a time.
 //
-// A term whose coefficient is zero is not loaded, and stands for zeros.
+// A term whose coefficient is zero is not loaded.
+// budget: registers 64 (many 104, 16-bit 80, 16-bit many 128, float64 104, float64 many 152, float32 U=float16 120, float32 U=bfloat16 120, float32 many U=float16 168, float32 many U=bfloat16 168, noisy 64, noisy many 104, noisy 16-bit 80, noisy 16-bit many 128, noisy float64 104, noisy float64 many 152, noisy float64 U=float32 104, noisy many float64 U=float32 104, noisy float32 U=float16 120, noisy float32 U=bfloat16 120, noisy float32 many U=float16 168, noisy float32 many U=bfloat16 168), occupancy 50% (many 25%, 16-bit 37%, 16-bit many 25%, float64 25%, float64 many 12%, float32 U=float16 25%, float32 U=bfloat16 25%, float32 many U=float16 12%, float32 many U=bfloat16 12%, noisy 50%, noisy many 25%, noisy 16-bit 37%, noisy 16-bit many 25%, noisy float64 25%, noisy float64 many 12%, noisy float32 U=float16 25%, noisy float32 U=bfloat16 25%, noisy float32 many U=float16 12%, noisy float32 many U=bfloat16 12%), inputs 4 (many 8, float64 U=float32 5.5, float32 U=float16 5.5, float32 U=bfloat16 5.5, many float64 U=float32 11.5, many float32 U=float16 11.5, many float32 U=bfloat16 11.5), outputs 1
+//   instructions/sample 10 (many 20, 16-bit 14, 16-bit many 26, float64 11, float64 many 19, float64 U=float32 30, many float64 U=float32 60, float32 U=float16 22, float32 U=bfloat16 22, many float32 U=float16 43, many float32 U=bfloat16 43, noisy 50, noisy many 58, noisy 16-bit 50, noisy 16-bit many 62, noisy float64 123, noisy float64 many 132, noisy float64 U=float32 136, noisy many float64 U=float32 170, noisy float32 U=float16 58, noisy float32 U=bfloat16 58, noisy many float32 U=float16 79, noisy many float32 U=bfloat16 79), special/sample 0 (noisy 1.5, noisy float64 1), float64/sample 0 (float64 5, float64 many 9, float64 U=float32 10, float64 many U=float32 20, noisy float64 40, noisy float64 many 40, noisy float64 U=float32 40, noisy float64 many U=float32 40)
 template <class T, class U, bool kNoisy, bool kMany>
 __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, U, kMany>)
     guided_step_kernel(const GuidedStepProblem problem, const Layout layout) {
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, U, kMany>)
     c[k] = static_cast<C>(problem.coefficient(team.row, k));
     if (c[k] == C(0)) continue;
     packed = packed && is_aligned(from[k]);
-    if (kMixed && tensor.storage == kStorageOf<U>) {
+    if (kMixed && k > 0 && tensor.storage == kStorageOf<U>) {
       other |= 1u << k;
     } else {
       packed = packed && tensor.storage == kStorageOf<T>;
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, U, kMany>)
 #pragma unroll
     for (int k = 0; k <= kTerms; ++k) {
       if (c[k] == C(0)) continue;
-      if (kMixed && other >> k & 1) {
+      if (kMixed && k > 0 && (other >> k & 1)) {
         terms[k].template load<U>(from[k] + static_cast<uint64_t>(group) * kOtherPacks);
       } else {
         terms[k].template load<T>(from[k] + static_cast<uint64_t>(group) * kPacks);
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, U, kMany>)
 #pragma unroll
     for (int k = 0; k <= kTerms; ++k) {
       if (c[k] == C(0)) continue;
-      if (kMixed && other >> k & 1) {
+      if (kMixed && k > 0 && (other >> k & 1)) {
         terms[k].template add_to<U>(c[k], y);
       } else {
         terms[k].template add_to<T>(c[k], y);
