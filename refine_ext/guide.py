@@ -179,17 +179,11 @@ class Guide:
             raise ValueError(f"{', '.join(given)}: give these to the Guide, which is already made")
         return discriminator
 
-<<<<<<< HEAD
     def covers(self, sigma: float) -> bool:
         """Whether the noise level is in the guide's range."""
         return self.sigma_min <= sigma <= self.sigma_max and math.isfinite(sigma)
 
     def __call__(self, x: Tensor, sigma: Level, *, alpha: Level = 1.0, **extra: Any) -> GuideOutput:
-=======
-    def __call__(
-        self, x: Tensor, sigma: float | Tensor, *, alpha: float | Tensor = 1.0, **extra: Any
-    ) -> GuideOutput:
->>>>>>> wt-kernels
         """The discriminator's output and its gradient in x, for x = alpha x_0 + sigma eps.
 
         Works under ``no_grad``, ``inference_mode``, autocast and ``torch.compile(fullgraph=True)``. No graph is kept
@@ -208,31 +202,9 @@ class Guide:
             TypeError: x that is not floating, an output that is no tensor.
             ValueError: the output's shape, NaN (with the noise level), no gradient to x, probabilities.
         """
-<<<<<<< HEAD
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
             got = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"Guide: x must be a floating tensor [B, ...], got {got}")
-=======
-        batch = x.shape[0]
-        levels = self._rows(sigma, x), self._rows(alpha, x)
-        ratio = levels[0] / levels[1]
-        if self.schedule is None:
-            scale, time = 1.0 / levels[1], ratio
-        else:
-            time = self.schedule.time(ratio)
-            scale = torch.rsqrt(1.0 + ratio.square()) / levels[1]
-        scale = scale.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        time = time.to(x.dtype)
-
-        def output(state: Tensor) -> Tensor:
-            h = self.discriminator(state * scale, time, **extra)
-            if not isinstance(h, Tensor):
-                raise TypeError(f"Guide: discriminator must return a tensor of [{batch}] outputs, got {type(h).__name__}")
-            if h.shape not in ((batch,), (batch, 1)):
-                raise ValueError(f"Guide: discriminator must return [{batch}] or [{batch}, 1], got {list(h.shape)}")
-            return h.reshape(batch)
-
->>>>>>> wt-kernels
         if torch.compiler.is_compiling():
             state, time, scale, _ = self._input(x, sigma, alpha)
             h, pullback, *_ = torch.func.vjp(lambda s: self._output(s, time, extra), state)
@@ -349,19 +321,12 @@ class Guide:
             raise _probabilities(f"returns a {made.removesuffix('Backward0').lower()}")
         gradient = None
         if h.requires_grad:
-<<<<<<< HEAD
             (gradient,) = torch.autograd.grad(h, state, torch.ones_like(h), allow_unused=True)
         if gradient is None:
             raise ValueError(
                 "Guide: discriminator's output has no gradient in x; is it computed under no_grad or detached?"
             )
         return h.detach(), gradient
-=======
-            (gradient,) = torch.autograd.grad(h.sum(), state, allow_unused=True)
-            if gradient is not None:
-                return gradient
-        raise ValueError("Guide: discriminator's output has no gradient in x; is it computed under no_grad or detached?")
->>>>>>> wt-kernels
 
     def _look(self, h: Tensor, gradient: Tensor, ratio: Tensor) -> None:
         # One pass without a mask of the gradient's size: a sum is finite where its terms are.
@@ -371,7 +336,6 @@ class Guide:
         self._first_bad = first if self._first_bad is None else torch.minimum(first, self._first_bad)
         if h.device.type == "cpu":
             self.finish()
-<<<<<<< HEAD
         if self.calls == 0 and self.kind == "logit" and h.numel() >= _ENOUGH_TO_TELL:
             if h.is_cuda and torch.cuda.is_current_stream_capturing():
                 return
@@ -445,10 +409,3 @@ def _warn_of_training(module: nn.Module) -> None:
             "the batch; call its eval()",
             stacklevel=5,
         )
-=======
-        if self.calls == 0 and bool(((h >= 0) & (h <= 1)).all()) and float(h.amax() - h.amin()) > 0:
-            message = "Guide: every output of the discriminator is in [0, 1]: are these probabilities? Logits are needed"
-            if h.numel() >= _ENOUGH_FOR_PROBABILITIES:
-                raise ValueError(message + " (check=False if they are logits)")
-            warnings.warn(message, stacklevel=4)
->>>>>>> wt-kernels
