@@ -36,24 +36,24 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "RefinedDenoiser": "denoiser",
+    "post_cfg": "denoiser",
     "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
-    "DiscriminatorGuidance": "modular",
-    "Guide": "guide",
-    "RefinedDenoiser": "denoiser",
-    "VPSchedule": "guide",
-    "fit_diffusion_discriminator": "fit_diffusion",
+    "sample_edm": "edm",
     "fit_discriminator": "fit",
-    "post_cfg": "denoiser",
+    "fit_diffusion_discriminator": "fit_diffusion",
+    "guided_score": "guidance",
+    "guided_step": "guidance",
+    "philox_normal": "guidance",
+    "Guide": "guide",
+    "VPSchedule": "guide",
     "LatentFlow": "latent",
     "LatentLangevin": "latent",
     "latent_flow": "latent",
     "latent_langevin": "latent",
-    "sample_edm": "edm",
+    "DiscriminatorGuidance": "modular",
     "wrap_scheduler": "schedulers",
-    "guided_score": "guidance",
-    "guided_step": "guidance",
-    "philox_normal": "guidance",
 }
 
 __all__ = [
