@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .fit_diffusion import fit_diffusion_discriminator
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
+    from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
     from .schedulers import wrap_scheduler
 
@@ -35,19 +36,23 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "RefinedDenoiser": "denoiser",
+    "post_cfg": "denoiser",
     "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
-    "DiscriminatorGuidance": "modular",
-    "Guide": "guide",
-    "RefinedDenoiser": "denoiser",
-    "VPSchedule": "guide",
-    "fit_diffusion_discriminator": "fit_diffusion",
+    "sample_edm": "edm",
     "fit_discriminator": "fit",
+    "fit_diffusion_discriminator": "fit_diffusion",
     "guided_score": "guidance",
     "guided_step": "guidance",
     "philox_normal": "guidance",
-    "post_cfg": "denoiser",
-    "sample_edm": "edm",
+    "Guide": "guide",
+    "VPSchedule": "guide",
+    "LatentFlow": "latent",
+    "LatentLangevin": "latent",
+    "latent_flow": "latent",
+    "latent_langevin": "latent",
+    "DiscriminatorGuidance": "modular",
     "wrap_scheduler": "schedulers",
 }
 
@@ -57,6 +62,8 @@ __all__ = [
     "Discriminator",
     "DiscriminatorGuidance",
     "Guide",
+    "LatentFlow",
+    "LatentLangevin",
     "Metropolis",
     "RefinedDenoiser",
     "Rejection",
@@ -67,6 +74,8 @@ __all__ = [
     "fit_discriminator",
     "guided_score",
     "guided_step",
+    "latent_flow",
+    "latent_langevin",
     "logistic_loss",
     "metropolis",
     "philox_normal",
