@@ -34,7 +34,7 @@ COLUMNS = {
 }
 HIGHER_IS_BETTER = ("precision", "recall")
 _STEPS, _BATCH, _RATE = 1500, 128, 2e-3
-_GENERATED = 3000
+_GENERATED = 2400
 # Of the sampler, for data in [-1, 1]: below the first, what is left of the noise vanishes in the grey levels.
 _SAMPLER: dict[str, Any] = {"num_steps": 18, "sigma_min": 0.02, "sigma_max": 20.0}
 # Of the discriminator: above two and a half standard deviations of the data it has nothing to tell apart here.
@@ -167,6 +167,7 @@ def _gains(outcomes: list[Outcome], which: str, measure: str) -> np.ndarray:
 def _report(outcomes: list[Outcome]) -> dict[str, Any]:
     gains = {name: {which: _gains(outcomes, which, name) for which in ("after", "doubled")} for name in TITLES}
     return {
+        "columns": COLUMNS,
         "summary": {
             name: {
                 which: {"mean": float(np.mean(values)), "stderr": _standard_error(values)}

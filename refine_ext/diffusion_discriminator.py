@@ -205,7 +205,7 @@ class DiffusionDiscriminator(nn.Module):
         if self.calibration.schedule is None:
             return batch_output(lambda state: self.network(state, sigma.to(dtype), **extra), x.to(dtype))
         time = self.calibration.schedule.time(sigma.double()).to(dtype)
-        scale = torch.rsqrt(1.0 + sigma.double().square()).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        scale = self.calibration.schedule.mu(sigma.double()).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
         return batch_output(lambda state: self.network(state, time, **extra), (x * scale).to(dtype))
 
     def log_ratio(self, output: Tensor, sigma: Tensor) -> Tensor:

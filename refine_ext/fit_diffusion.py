@@ -83,7 +83,7 @@ def fit_diffusion_discriminator(
         real, fake: ``[n, ...]`` and ``[m, ...]`` arrays or tensors with equal trailing shapes, floating or uint8
             (taken as floats without scaling), at least 10 samples each, as the diffusion sees them at sigma = 0.
         sigma_min, sigma_max: range of noise levels, in the units of the data; by default 0.02 and 20 standard
-            deviations of ``real``, or times 0.01 and 1 of ``schedule``. Guidance outside the range is none.
+            deviations of ``real``, or the times of ``schedule``. Guidance outside the range is none.
         schedule: a :class:`VPSchedule` if ``model`` takes ``(mu x, tau)``; the result takes ``(x, sigma)`` all the
             same, and the default network needs none but for the range.
         model: a module ``(x, sigma, **extra) -> [B]`` or ``[B, 1]``, of which a copy is trained. None: a residual
@@ -361,7 +361,7 @@ def _range(
     if schedule is not None and not isinstance(schedule, VPSchedule):
         raise TypeError(f"{_FUNCTION}: schedule must be a VPSchedule or None, got {type(schedule).__name__}")
     if schedule is not None:
-        low, high = schedule.sigma(torch.tensor([0.01, 1.0], dtype=torch.float64)).tolist()
+        low, high = schedule.sigma(schedule.time_min), schedule.sigma(schedule.time_max)
     else:
         dims = [0, *range(2, real.dim())]
         deviation = float(real.double().var(dims, correction=0).mean().sqrt())
