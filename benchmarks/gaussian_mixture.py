@@ -13,23 +13,50 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixture:
-    """Weights ``[K]``, means ``[K, d]`` and standard deviations ``[K]``, float64."""
+    """Weights ``[K]``, means ``[K, d]`` and standard deviations ``[K]``, float64; states are ``[B, ...]``, d elements
+    each, and so are predictions, in the states' dtype."""
 
     weights: Tensor
     means: Tensor
     scales: Tensor
 
     def log_density(self, x: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
-        """log p ``[B]`` of the states at noise levels sigma, ``[B]`` or a number."""
-        return torch.logsumexp(self._joint(x, sigma), 1)
+        """log p ``[B]`` of the states at noise levels sigma, ``[B]`` or a number; float64."""
+        rows, wide = x.flatten(1).double(), 1 + _column(sigma)[:, 0] ** 2
+        normal = -0.5 * rows.square().sum(1) / wide - 0.5 * rows.shape[1] * (2 * math.pi * wide).log()
+        return self.log_density_beside_normal(x, sigma) + normal
 
-    def denoised(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def log_density_beside_normal(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """log p ``[B]`` less that of standard normal samples, at the same noise levels: of full accuracy, with its
+        gradient, where the noise hides the samples."""
+        return torch.logsumexp(self._joint(x.flatten(1).double(), _column(sigma)), 1)
+
+    def denoised(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """E[x_0 | x], what a perfectly trained denoiser returns."""
-        share = torch.softmax(self._joint(x, sigma), 1)[:, :, None]
-        noise, own = sigma.reshape(-1, 1, 1) ** 2, self.scales[:, None] ** 2
-        return (share * (own * x[:, None] + noise * self.means) / (own + noise)).sum(1)
+        rows, level = x.flatten(1).double(), _column(sigma)
+        share = torch.softmax(self._joint(rows, level), 1)[:, :, None]
+        noise, own = level[:, None] ** 2, self.scales[:, None] ** 2
+        mean = (share * (own * rows[:, None] + noise * self.means) / (own + noise)).sum(1)
+        return mean.reshape(x.shape).to(x.dtype)
+
+    def predict(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction_type: str) -> Tensor:
+        """E[. | x] at x = alpha x_0 + sigma eps of what diffusers' schedulers call their models' predictions."""
+        rows, alpha, sigma = x.flatten(1).double(), _column(alpha), _column(sigma)
+        sample = self.denoised(rows / alpha, sigma / alpha)
+        noise = (rows - alpha * sample) / sigma
+        prediction = {
+            "epsilon": noise,
+            "sample": sample,
+            "v_prediction": alpha * noise - sigma * sample,
+            "flow_prediction": noise - sample,
+        }[prediction_type]
+        return prediction.reshape(x.shape).to(x.dtype)
+
+    def scaled(self, factor: float) -> Mixture:
+        """The mixture of the samples times the factor."""
+        return replace(self, means=factor * self.means, scales=factor * self.scales)
 
     def sample(self, n: int, seed: int) -> Tensor:
         random = torch.Generator().manual_seed(seed)
@@ -37,12 +64,17 @@ class Mixture:
         z = torch.randn(n, self.means.shape[1], generator=random, dtype=torch.float64)
         return self.means[k] + self.scales[k, None] * z
 
-    def _joint(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        level = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1)
-        variance = self.scales**2 + level**2
-        squares = (x[:, None] - self.means).square().sum(2)
-        d = self.means.shape[1]
-        return self.weights.log() - 0.5 * squares / variance - 0.5 * d * (2 * math.pi * variance).log()
+    def _joint(self, rows: Tensor, level: Tensor) -> Tensor:
+        own, wide = self.scales**2, 1 + level**2
+        variance = own + level**2
+        # |x|^2 / wide - |x - mean|^2 / variance, over one denominator, where what is common cancels exactly.
+        squares = (own - 1) * rows.square().sum(1, keepdim=True)
+        squares = (squares + wide * (2 * rows @ self.means.T - self.means.square().sum(1))) / (variance * wide)
+        return self.weights.log() + 0.5 * squares - 0.5 * rows.shape[1] * ((own - 1) / wide).log1p()
+
+
+def _column(level: Tensor | float) -> Tensor:
+    return torch.as_tensor(level, dtype=torch.float64).reshape(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +85,7 @@ class Problem:
     model: Mixture
 
     def log_ratio(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self.true.log_density(x, sigma) - self.model.log_density(x, sigma)
+        return self.true.log_density_beside_normal(x, sigma) - self.model.log_density_beside_normal(x, sigma)
 
 
 def problem(d: int) -> Problem:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 import refine_ext  # noqa: F401 — registers the ops
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent / "cuda_on_cpu"))
 
 import emulator

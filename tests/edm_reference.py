@@ -88,21 +88,3 @@ def guided(
                 d2 = d2 - w2 * t[i + 1] * guidance(x, after)[0]
             x = x_hat + (t[i + 1] - hat) * (0.5 * d + 0.5 * d2)
     return x
-
-
-def dual_output(name: str, log_r: Tensor) -> Tensor:
-    """h = f'(r), the optimal discriminator of an f-divergence, as the table of definitions has it, from log r."""
-    r = log_r.exp()
-    if name.startswith("alpha:"):
-        a = float(name.partition(":")[2])
-        return ((a - 1) * log_r).expm1() / (a - 1)
-    return {
-        "kl": lambda: log_r + 1,
-        "reverse_kl": lambda: -1 / r,
-        "jensen_shannon": lambda: math.log(2) + log_r - torch.log1p(r),
-        "gan": lambda: log_r - torch.log1p(r),
-        "pearson_chi2": lambda: 2 * (r - 1),
-        "neyman_chi2": lambda: 1 - 1 / r**2,
-        "squared_hellinger": lambda: 1 - r**-0.5,
-        "jeffreys": lambda: log_r + 1 - 1 / r,
-    }[name]()

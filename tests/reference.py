@@ -1,7 +1,8 @@
 """The f-divergences once more, from their definitions: references that share nothing with the kernels.
 
-`definition` and `slope` are f and f' as the literature writes them, for mpmath numbers. `log_ratio` is log (f*)' as a
-function of the output t in NumPy's extended precision. Shifts are found by bisection on the shift itself.
+`definition` and `slope` are f and f' as the literature writes them, for mpmath numbers. `log_ratio`
+is log (f*)' as a function of the output t in NumPy's extended precision. Shifts are found by bisection on the shift
+itself.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ def definition(name: str, u):
 
 
 def slope(name: str, u):
-    """f'(u), mpmath; a test checks it against differences of `definition`."""
-    log = mpmath.log
+    """f'(u), for mpmath numbers or a float64 tensor; a test checks it against differences of `definition`."""
+    tensor = isinstance(u, torch.Tensor)
+    log, sqrt, number = (torch.log, torch.sqrt, float) if tensor else (mpmath.log, mpmath.sqrt, mpmath.mpf)
     if name.startswith("alpha"):
-        a = mpmath.mpf(alpha_of(name))
+        a = number(alpha_of(name))
         return (u ** (a - 1) - 1) / (a - 1)
     return {
         "kl": lambda: log(u) + 1,
@@ -62,7 +64,7 @@ def slope(name: str, u):
         "gan": lambda: log(u / (1 + u)),
         "pearson_chi2": lambda: 2 * (u - 1),
         "neyman_chi2": lambda: 1 - 1 / u**2,
-        "squared_hellinger": lambda: 1 - 1 / mpmath.sqrt(u),
+        "squared_hellinger": lambda: 1 - 1 / sqrt(u),
         "jeffreys": lambda: log(u) + 1 - 1 / u,
     }[name]()
 

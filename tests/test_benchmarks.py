@@ -7,18 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-from torch.overrides import TorchFunctionMode
-
-import refine_ext as rx
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_density_ratio
 import bench_guidance
@@ -26,8 +16,13 @@ import bench_resampling
 import bench_variational_bound
 import common
 import kernels
+import pytest
 import timing
+import torch
 import traffic
+from torch.overrides import TorchFunctionMode
+
+import refine_ext as rx
 
 BENCHES = (bench_density_ratio, bench_guidance, bench_resampling, bench_variational_bound)
 

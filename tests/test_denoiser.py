@@ -7,22 +7,19 @@ import pickle
 
 import pytest
 import torch
-from gaussian_mixture import DUALS, LogRatio, true_and_biased
+from gaussian_mixture import problem
+from reference import FAMILIES, slope
 from torch import nn
 
 import refine_ext as rx
 
 SHAPE = (5, 2, 2, 2)
-TRUE, BIASED = true_and_biased(8)
-RATIO = LogRatio(TRUE, BIASED)
-
-
-def denoise(mixture, x, sigma):
-    return mixture.predict(x, 1.0, sigma, "sample")
+MIXTURES = problem(8)
+TRUE, BIASED, RATIO = MIXTURES.true, MIXTURES.model, MIXTURES.log_ratio
 
 
 def biased(x, sigma, **extra):
-    return denoise(BIASED, x, sigma)
+    return BIASED.denoised(x, sigma)
 
 
 class Preconditioned(nn.Module):
@@ -40,7 +37,7 @@ class Preconditioned(nn.Module):
 
     def forward(self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False):
         self.asked.append((x.dtype, class_labels, force_fp32))
-        denoised = denoise(BIASED, x.float(), sigma) + self.offset
+        denoised = BIASED.denoised(x.float(), sigma) + self.offset
         return (denoised, sigma.flatten()) if return_logvar else denoised
 
 
@@ -58,24 +55,24 @@ def test_refined_by_the_exact_ratio_it_is_the_true_denoiser(sigma, layout):
     if layout != "flat" and isinstance(sigma, torch.Tensor):
         sigma = sigma.reshape(-1, 1, 1, 1)
     x = states()
-    want = denoise(TRUE, x, sigma)
+    want = TRUE.denoised(x, sigma)
     got = rx.RefinedDenoiser(biased, RATIO)(x, sigma)
     # A handful of float64 roundings of numbers of size 10; a level given in float32 is the same in both.
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert (biased(x, sigma) - want).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("divergence", DUALS)
+@pytest.mark.parametrize("divergence", FAMILIES)
 def test_every_divergence_gives_the_same_gradient_at_its_optimum(divergence):
     """c(h) grad h = grad log r for h = f'(r), whatever f: the factor against the definition of the dual."""
     sigma = torch.linspace(0.1, 9, 5)
     x = (TRUE.means[[0, 1, 2, 0, 1]] + sigma[:, None] * torch.randn(5, 8)).reshape(SHAPE)
     assert RATIO(x, sigma).abs().max() < 5
     refined = rx.RefinedDenoiser(
-        biased, lambda x, s: DUALS[divergence](RATIO(x, s)), kind="variational", divergence=divergence, shift=0.0
+        biased, lambda x, s: slope(divergence, RATIO(x, s).exp()), kind="variational", divergence=divergence, shift=0.0
     )
     # The duals lose digits where r is far from 1: e^10 at most of 1e-16 here, in neyman_chi2.
-    torch.testing.assert_close(refined(x, sigma), denoise(TRUE, x, sigma), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(refined(x, sigma), TRUE.denoised(x, sigma), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("weight", [0.5, torch.linspace(0, 2, 5, dtype=torch.float64), lambda level: 1 / (1 + level)])
@@ -83,7 +80,7 @@ def test_weights(weight):
     x, sigma = states(), torch.linspace(0.1, 9, 5)
     w = weight(sigma.double()) if callable(weight) else weight
     w = torch.as_tensor(w).reshape(-1, 1, 1, 1)
-    plain, true = biased(x, sigma), denoise(TRUE, x, sigma)
+    plain, true = biased(x, sigma), TRUE.denoised(x, sigma)
     got = rx.RefinedDenoiser(biased, RATIO, weight)(x, sigma)
     torch.testing.assert_close(got, plain + w * (true - plain), rtol=1e-12, atol=1e-12)
     if not callable(weight):  # beside a Guide's own weight
@@ -95,7 +92,7 @@ def test_outside_the_range_it_is_the_plain_denoiser():
     x, sigma = states(), torch.tensor([0.1, 0.2, 1.0, 5.0, 9.0])
     got = rx.RefinedDenoiser(biased, RATIO, sigma_min=0.2, sigma_max=5.0)(x, sigma)
     inside = ((sigma >= 0.2) & (sigma <= 5.0)).reshape(-1, 1, 1, 1)
-    want = torch.where(inside, denoise(TRUE, x, sigma), biased(x, sigma))
+    want = torch.where(inside, TRUE.denoised(x, sigma), biased(x, sigma))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -116,7 +113,7 @@ def test_edm_conventions(mode):
         labels = torch.eye(5)
         x, sigma = states(), refined.round_sigma(torch.tensor(1.5, dtype=torch.float64))
         got = refined(x, sigma, labels, force_fp32=True)
-        want = denoise(TRUE, x, sigma)
+        want = TRUE.denoised(x, sigma)
     assert net.asked == [(torch.float64, labels, True)] and torch.equal(seen[0], labels)
     assert got.dtype == torch.float32
     # The network's and the sum's float32, of numbers up to 10.
@@ -124,7 +121,7 @@ def test_edm_conventions(mode):
 
 
 def test_networks_without_classes_are_not_given_any():
-    refined = rx.RefinedDenoiser(lambda x, sigma: denoise(BIASED, x, sigma), RATIO)
+    refined = rx.RefinedDenoiser(lambda x, sigma: BIASED.denoised(x, sigma), RATIO)
     refined(states(), torch.tensor(1.0), None)
     with pytest.raises(TypeError, match="class_labels"):
         refined(states(), torch.tensor(1.0), torch.eye(5))
@@ -133,7 +130,7 @@ def test_networks_without_classes_are_not_given_any():
 def test_a_tuple_keeps_what_follows():
     x, sigma = states().float(), torch.linspace(0.1, 9, 5)
     denoised, log_variance = rx.RefinedDenoiser(Preconditioned(), RATIO)(x, sigma, return_logvar=True)
-    torch.testing.assert_close(denoised, denoise(TRUE, x, sigma), rtol=0, atol=5e-6)
+    torch.testing.assert_close(denoised, TRUE.denoised(x, sigma), rtol=0, atol=5e-6)
     assert torch.equal(log_variance, sigma)
 
 
@@ -217,14 +214,14 @@ def test_in_edms_sampler():
     noise = torch.randn(SHAPE, dtype=torch.float64)
 
     def net(x, sigma):
-        return denoise(BIASED, x, sigma)
+        return BIASED.denoised(x, sigma)
 
     options = {"num_steps": 8, "S_churn": 4.0, "seed": 3}
     by_denoiser = rx.sample_edm(rx.RefinedDenoiser(net, RATIO, 1.5), noise, **options)
     by_sampler = rx.sample_edm(net, noise, discriminator=RATIO, weight=1.5, **options)
     # float64 rounding of states of up to 300, grown by the distance of neighbouring trajectories.
     torch.testing.assert_close(by_denoiser, by_sampler, rtol=1e-9, atol=1e-9)
-    true = rx.sample_edm(lambda x, sigma: denoise(TRUE, x, sigma), noise, **options)
+    true = rx.sample_edm(lambda x, sigma: TRUE.denoised(x, sigma), noise, **options)
     torch.testing.assert_close(
         rx.sample_edm(rx.RefinedDenoiser(net, RATIO), noise, **options), true, rtol=1e-9, atol=1e-9
     )

@@ -11,18 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import gate_results
+import gpu_gate
+import kernels
+import ledger
 import pytest
+import report
+import roofline
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gate_results  # noqa: E402
-import gpu_gate  # noqa: E402
-import kernels  # noqa: E402
-import ledger  # noqa: E402
-import report  # noqa: E402
-import roofline  # noqa: E402
-
 GATE = str(ROOT / "benchmarks" / "gpu_gate.sh")
 
 

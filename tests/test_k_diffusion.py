@@ -9,11 +9,12 @@ import types
 
 import pytest
 import torch
-from gaussian_mixture import LogRatio, true_and_biased
+from gaussian_mixture import problem
 
 import refine_ext as rx
 
-TRUE, BIASED = true_and_biased(8)
+MIXTURES = problem(8)
+TRUE, BIASED = MIXTURES.true, MIXTURES.model
 SHAPE = (4, 2, 2, 2)
 
 
@@ -47,7 +48,7 @@ def k_diffusion():
 
 
 def denoiser(mixture):
-    return lambda x, sigma, **extra: mixture.predict(x, 1.0, sigma, "sample")
+    return lambda x, sigma, **extra: mixture.denoised(x, sigma)
 
 
 DETERMINISTIC = ["sample_euler", "sample_heun", "sample_dpm_2", "sample_lms", "sample_dpmpp_2m"]
@@ -58,19 +59,19 @@ ANCESTRAL = ["sample_euler_ancestral", "sample_dpm_2_ancestral", "sample_dpmpp_2
 def test_samplers_walk_as_with_the_true_model(name, k_diffusion):
     sample = getattr(k_diffusion.sampling, name)
     sigmas = k_diffusion.sampling.get_sigmas_karras(8, 0.02, 20.0).double()
-    discriminator = LogRatio(TRUE, BIASED)
+    guide = rx.Guide(MIXTURES.log_ratio)
     x = 20 * torch.randn(SHAPE, dtype=torch.float64)
 
     def run(model):
         torch.manual_seed(3)  # the ancestral samplers draw from torch's own generator
         return sample(model, x, sigmas, extra_args={}, disable=True)
 
-    got, want = run(rx.RefinedDenoiser(denoiser(BIASED), discriminator)), run(denoiser(TRUE))
+    got, want = run(rx.RefinedDenoiser(denoiser(BIASED), guide)), run(denoiser(TRUE))
     # float64 rounding of states of up to 60, grown by the distance of neighbouring trajectories.
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert (run(denoiser(BIASED)) - want).abs().max() > 1e-3
     evaluations = {"sample_heun": 15, "sample_dpm_2": 15, "sample_dpm_2_ancestral": 15, "sample_dpmpp_2s_ancestral": 15}
-    assert len(discriminator.levels) == evaluations.get(name, 8)
+    assert guide.calls == evaluations.get(name, 8)
 
 
 @pytest.mark.parametrize("name", ["sample_dpmpp_sde", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"])
@@ -83,7 +84,7 @@ def test_stochastic_samplers(name, k_diffusion):
         noise = sampling.BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max(), seed=5)
         return getattr(sampling, name)(model, x, sigmas, disable=True, noise_sampler=noise)
 
-    got, want = run(rx.RefinedDenoiser(denoiser(BIASED), LogRatio(TRUE, BIASED))), run(denoiser(TRUE))
+    got, want = run(rx.RefinedDenoiser(denoiser(BIASED), MIXTURES.log_ratio)), run(denoiser(TRUE))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert (run(denoiser(BIASED)) - want).abs().max() > 1e-3
 
@@ -117,7 +118,7 @@ def test_around_its_wrappers(wrapper, k_diffusion):
 
     def discriminator(x, sigma, label):
         seen.append(label)
-        return LogRatio(TRUE, BIASED)(x, sigma)
+        return MIXTURES.log_ratio(x, sigma)
 
     refined = rx.RefinedDenoiser(denoisers[BIASED], discriminator, discriminator_extra=["label"])
     assert refined.inner_model.mixture is BIASED and refined.sigma_data == 1.0

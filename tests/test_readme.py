@@ -2,21 +2,18 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import gate_results
+import ledger
 import numpy as np
 import pytest
+import report
+import roofline
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gate_results  # noqa: E402
-import ledger  # noqa: E402
-import report  # noqa: E402
-import roofline  # noqa: E402
 
 
 def test_three_line_example_runs():

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from gaussian_mixture import LogRatio, true_and_biased
+from gaussian_mixture import problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refine_ext as rx
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 STEPS = 8
 SHAPE = (5, 2, 2, 2)
-TRUE, BIASED = true_and_biased(8)
+MIXTURES = problem(8)
+TRUE, BIASED = MIXTURES.true, MIXTURES.model
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 
 # name, configuration, arguments of every step.
@@ -97,14 +98,14 @@ def walk(scheduler, name: str, mixture, options: dict, x: torch.Tensor, steps: i
 def test_guided_trajectory_is_the_true_models(name, config, options):
     make = getattr(diffusers, name)
     plain = make(**config)
-    discriminator = LogRatio(TRUE, BIASED)
-    guided = rx.wrap_scheduler(plain, discriminator)
+    guide = rx.Guide(MIXTURES.log_ratio)
+    guided = rx.wrap_scheduler(plain, guide)
     noise = torch.randn(SHAPE, dtype=torch.float64)
     got = walk(guided, name, BIASED, options, noise)
     want = walk(make(**config), name, TRUE, options, noise)
     unguided = walk(make(**config), name, BIASED, options, noise)
     at_pure_noise = name.startswith("FlowMatch")  # its first step, where the discriminator is not asked
-    assert len(discriminator.levels) == len(guided.timesteps) - at_pure_noise
+    assert guide.calls == len(guided.timesteps) - at_pure_noise
     # Of a state of up to 157: those that compute in float32 round every step by 6e-8 (measured: 4e-6); Heun keeps
     # float64 but divides the model's input by a float32 norm, so that model and discriminator are asked 6e-8 apart
     # (measured: 7e-9); the others keep 1e-16, which grows with the distance of neighbouring trajectories.
@@ -117,10 +118,14 @@ def test_guided_trajectory_is_the_true_models(name, config, options):
 
 
 def test_heun_is_guided_in_both_halves_at_its_own_levels():
-    discriminator = LogRatio(TRUE, BIASED)
+    got = []
+
+    def discriminator(x, sigma):
+        got.append(sigma.unique().item())
+        return MIXTURES.log_ratio(x, sigma)
+
     guided = rx.wrap_scheduler(diffusers.HeunDiscreteScheduler(), discriminator)
     walk(guided, "HeunDiscreteScheduler", BIASED, {}, torch.randn(SHAPE), steps=3)
-    got = [level.unique().item() for level in discriminator.levels]
     assert got == pytest.approx(guided.sigmas[:-1].tolist())  # every inner level twice
     assert len(got) == 5
 
@@ -134,7 +139,7 @@ def test_scaled_latents_reach_the_discriminator_unscaled(name, prediction):
     config |= {"clip_sample": False} if name == "DDIMScheduler" else {}
     make = getattr(diffusers, name)
     plain = make(**config)
-    guided = rx.wrap_scheduler(plain, LogRatio(TRUE, BIASED), latent_scale=scale)
+    guided = rx.wrap_scheduler(plain, MIXTURES.log_ratio, latent_scale=scale)
     noise = torch.randn(SHAPE, dtype=torch.float64)
     # Started below pure noise, which is not guided.
     steps = 6
@@ -194,7 +199,7 @@ def test_a_range_that_no_step_is_in_is_an_error(name):
 def test_learned_variance_is_left_alone():
     config = {"variance_type": "learned_range", "clip_sample": False}
     plain = diffusers.DDPMScheduler(**config)
-    guided = rx.wrap_scheduler(plain, LogRatio(TRUE, BIASED))
+    guided = rx.wrap_scheduler(plain, MIXTURES.log_ratio)
     for each in (plain, guided):
         each.set_timesteps(4)
     x, variance = torch.randn(2, *SHAPE, dtype=torch.float64)
@@ -394,9 +399,8 @@ def test_on_cuda(name):
 
 
 def test_zero_terminal_signal_is_not_guided():
-    discriminator = LogRatio(TRUE, BIASED)
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
-    guided = rx.wrap_scheduler(diffusers.DDIMScheduler(**config), discriminator)
+    guided = rx.wrap_scheduler(diffusers.DDIMScheduler(**config), MIXTURES.log_ratio)
     plain = diffusers.DDIMScheduler(**config)
     for each in (plain, guided):
         each.set_timesteps(4)
