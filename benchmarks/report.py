@@ -30,7 +30,11 @@ SHOWN_ON_GPU = {
     "dual_bound": ("logistic_loss",),
     "resample": ("multinomial", "stratified", "systematic", "residual"),
     "rejection": ("rejection",),
+    "guided_step": ("with noise", "without noise", "normals"),
 }  # fmt: skip
+
+
+CPU_RESULTS = ("density_ratio_cpu", "variational_bound_cpu", "resampling_cpu", "guidance_cpu")
 
 
 def _load(name: str) -> dict | None:
@@ -128,6 +132,57 @@ def resampling() -> str:
         f"\nfloat32 weights, one thread, {_machine(result['facts'])}. How many times longer the others take. "
         "The memory limit: two sums over the weights and a fill of the result. Metropolis: torch and NumPy step all "
         "chains at once."
+    )
+    return "\n".join(lines)
+
+
+def _share(row: dict[str, Any], part: str, whole: str) -> str:
+    return f"{row['time'][part]['seconds'] / row['time'][whole]['seconds']:.1%}"
+
+
+def guidance() -> str:
+    result = _load("guidance_cpu")
+    if result is None:
+        return ""
+    rows = measured(result)
+    size = "x".join(map(str, next(row for row in rows if row["op"] == "guided_step")["shape"]))
+    lines = [
+        f"| step of {size.replace('x', ' × ')} | threads | time | in place | of copy bandwidth | torch eager "
+        "| in-place eager, to ours in place | torch.compile |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["op"] != "guided_step" or "x".join(map(str, row["shape"])) != size:
+            continue
+        ours = row["time"]["refine_ext"]["seconds"]
+        normals = row["variant"] == "normals"
+        in_place = ours if normals else row["time"]["refine_ext_inplace"]["seconds"]
+        name = f"{row['variant']}, {row['dtype']}" + (f": {row['n'] / ours / 1e9:.2f} G/s" if normals else "")
+        lines.append(
+            f"| {name} | {row['threads']} | {_duration(ours)} | {_duration(in_place)} | {row['copy_fraction']:.0%} | "
+            f"{_slower(row, 'eager', ours)} | {_slower(row, 'eager_inplace', in_place)} | "
+            f"{_slower(row, 'compile', ours)} |"
+        )
+    lines += [
+        "",
+        "| guided trajectory | time | networks alone | our arithmetic, at most | EDM's loop | its arithmetic "
+        "| k-diffusion's loop | its arithmetic |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in rows if row["op"] == "sample_edm"):
+        ours = row["time"]["refine_ext"]["seconds"]
+        float32 = row["time"]["refine_ext_float32"]["seconds"]
+        k_diffusion = "k-diffusion loop"
+        lines.append(
+            f"| {row['network']} of {' × '.join(map(str, row['shape']))}, {row['steps']} steps | {_duration(ours)} | "
+            f"{_duration(row['time']['networks']['seconds'])} | {_share(row, 'refine_ext_free', 'refine_ext')} | "
+            f"{_slower(row, 'edm loop', ours)} | {_share(row, 'edm loop free', 'edm loop')} | "
+            f"{_slower(row, k_diffusion, float32)} | {_share(row, f'{k_diffusion} free', k_diffusion)} |"
+        )
+    lines.append(
+        f"\n{_machine(result['facts'])}. How many times longer torch takes. Arithmetic: the same trajectory on "
+        "networks that return at once, over the whole; autograd's own part of a discriminator's call is in it. "
+        "k-diffusion's state is float32, and compared with ours in float32."
     )
     return "\n".join(lines)
 
@@ -253,6 +308,7 @@ def demo_latent() -> str:
 TABLES = {
     "density_ratio": density_ratio,
     "resampling": resampling,
+    "guidance": guidance,
     "gpu": gpu,
     "demo_digits": demo_digits,
     "demo_diffusion": demo_diffusion,
@@ -280,7 +336,11 @@ def _streams(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose bandwidth means something, each labelled by what has several sizes."""
     kept = []
     for row in rows:
-        if row.get("threads", 1) == 1 and row["op"] != "metropolis" and row.get("num", row["n"]) == row["n"]:
+        if (
+            row.get("threads", 1) == 1
+            and row["op"] not in ("metropolis", "sample_edm")
+            and row.get("num", row["n"]) == row["n"]
+        ):
             dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
             kept.append({**row, "variant": row.get("method", row["variant"]) + dtype})
     return kept
@@ -289,7 +349,7 @@ def _streams(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plots() -> dict[str, Plot]:
     """The plots that the committed results allow, by their names in docs/."""
     found: dict[str, Plot] = {}
-    documents = [d for name in ("density_ratio_cpu", "variational_bound_cpu", "resampling_cpu") if (d := _load(name))]
+    documents = [d for name in CPU_RESULTS if (d := _load(name))]
     if rows := _streams([row for document in documents for row in measured(document)]):
         facts = documents[0]["facts"]
         title = f"{facts['cpu']} ({facts['simd']}), one thread, commit {facts['commit']}, {facts['date']}"

@@ -90,7 +90,7 @@ def _step_backward(ctx: Any, grad: Tensor):
             grad_coefficients = grad_coefficients.sum(0)
         elif coefficients.shape[0] == 1:
             grad_coefficients = grad_coefficients.sum(0, keepdim=True)
-    none = [None] * len(ctx.scalars)  # torch wants the gradient of a list to be one
+    none = None if ctx.scalars else []  # torch takes an empty list for one of tensors
     return grad_x, grad_terms, grad_coefficients, none, grad_factor, None, None, None, None
 
 
@@ -144,7 +144,7 @@ def _factor_backward(ctx: Any, grad: Tensor):
         scale = ops.guidance_factor(any_h, None, None, sigma, alpha, unweighted, *as_logit)
         grad_weight = torch.where(scale == 0, 0.0, grad * scale * c)
         grad_weight = (grad_weight.sum() if weight.numel() == 1 else grad_weight).reshape(weight.shape).to(weight.dtype)
-    return grad_h, None, grad_weight, None, None, [None] * len(ctx.constants), None, None, None, None, None
+    return grad_h, None, grad_weight, None, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("refine_ext::guidance_factor", _factor_backward, setup_context=_factor_setup)

@@ -1,12 +1,13 @@
 """Guided sampling's arithmetic: the discriminator's part of a score, and the steps of samplers, each in one pass.
 
 Every update of a sampler is a linear combination of what it has in hand and fresh noise,
-``x' = a x + sum_k c_k u_k + s z``: which sampler it is, is a choice of coefficients (`guided_step`). What a discriminator
-adds to a model's prediction is its gradient times a factor for each sample (`guidance_factor`, `guided_score`).
+``x' = a x + sum_k c_k u_k + s z``: which sampler it is, is a choice of coefficients (`guided_step`). What a
+discriminator adds to a model's prediction is its gradient times a factor for each sample (`guidance_factor`,
+`guided_score`).
 
-The noise is Philox4x32-10 with the seed as key and (element, step, sample) as counter (`philox_normal`): the same on CPU
-and GPU, to a rounding, in any dtype, batch and number of threads. Under autocast these functions take their arguments as
-they are: the state keeps its dtype.
+The noise is Philox4x32-10 with the seed as key and (element, step, sample) as counter (`philox_normal`): the same on
+CPU and GPU, to a rounding, in any dtype, batch and number of threads. Under autocast these functions take their
+arguments as they are: the state keeps its dtype.
 """
 
 from __future__ import annotations
@@ -280,7 +281,8 @@ def guided_score(
     v' = v - w (sigma/alpha) g, with g = c(h - nu) grad h = grad log r.
 
     Args:
-        prediction: ``[B, ...]``, the model's output at x = alpha x_0 + sigma eps; float64, float32, float16 or bfloat16.
+        prediction: ``[B, ...]``, the model's output at x = alpha x_0 + sigma eps; float64, float32, float16 or
+            bfloat16.
         h: ``[B]`` outputs of the discriminator at x.
         gradient: the gradient of h in x, shaped as prediction; in its dtype, or narrower (see `guided_step`).
         divergence, kind, shift, weight, sigma, alpha, parametrization, sigma_min, sigma_max: see `guidance_factor`. A
