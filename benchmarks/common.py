@@ -49,6 +49,7 @@ class Case:
     accuracy: Callable[[Any], dict[str, dict[str, float]]] = lambda inputs: {}
     axes: dict[str, Any] = field(default_factory=dict)
     threads: int = 1  # of torch, on the CPU
+    budget: float | None = None  # seconds, where BUDGET is too short for a few turns
 
     @property
     def n(self) -> int:
@@ -90,7 +91,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
                 runs[f"{name}_graph"], calls[f"{name}_graph"] = captured(case.contenders[name], sets)
             except Exception as error:  # the plain calls are worth measuring all the same
                 failed[f"{name}_graph"] = {"error": one_line(error)}
-    timed = interleaved(runs, budget=BUDGET[device], device=device, calls=calls) | failed
+    timed = interleaved(runs, budget=case.budget or BUDGET[device], device=device, calls=calls) | failed
     row = {
         "op": case.op,
         "variant": case.variant,

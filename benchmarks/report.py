@@ -30,7 +30,11 @@ SHOWN_ON_GPU = {
     "dual_bound": ("logistic_loss",),
     "resample": ("multinomial", "stratified", "systematic", "residual"),
     "rejection": ("rejection",),
+    "guided_step": ("with noise", "without noise", "normals"),
 }  # fmt: skip
+
+
+CPU_RESULTS = ("density_ratio_cpu", "variational_bound_cpu", "resampling_cpu", "guidance_cpu")
 
 
 def _load(name: str) -> dict | None:
@@ -132,6 +136,57 @@ def resampling() -> str:
     return "\n".join(lines)
 
 
+def _share(row: dict[str, Any], part: str, whole: str) -> str:
+    return f"{row['time'][part]['seconds'] / row['time'][whole]['seconds']:.1%}"
+
+
+def guidance() -> str:
+    result = _load("guidance_cpu")
+    if result is None:
+        return ""
+    rows = measured(result)
+    size = "x".join(map(str, next(row for row in rows if row["op"] == "guided_step")["shape"]))
+    lines = [
+        f"| step of {size.replace('x', ' × ')} | threads | time | in place | of copy bandwidth | torch eager "
+        "| in-place eager, to ours in place | torch.compile |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["op"] != "guided_step" or "x".join(map(str, row["shape"])) != size:
+            continue
+        ours = row["time"]["refine_ext"]["seconds"]
+        normals = row["variant"] == "normals"
+        in_place = ours if normals else row["time"]["refine_ext_inplace"]["seconds"]
+        name = f"{row['variant']}, {row['dtype']}" + (f": {row['n'] / ours / 1e9:.2f} G/s" if normals else "")
+        lines.append(
+            f"| {name} | {row['threads']} | {_duration(ours)} | {_duration(in_place)} | {row['copy_fraction']:.0%} | "
+            f"{_slower(row, 'eager', ours)} | {_slower(row, 'eager_inplace', in_place)} | "
+            f"{_slower(row, 'compile', ours)} |"
+        )
+    lines += [
+        "",
+        "| guided trajectory | time | networks alone | our arithmetic, at most | EDM's loop | its arithmetic "
+        "| k-diffusion's loop | its arithmetic |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in rows if row["op"] == "sample_edm"):
+        ours = row["time"]["refine_ext"]["seconds"]
+        float32 = row["time"]["refine_ext_float32"]["seconds"]
+        k_diffusion = "k-diffusion loop"
+        lines.append(
+            f"| {row['network']} of {' × '.join(map(str, row['shape']))}, {row['steps']} steps | {_duration(ours)} | "
+            f"{_duration(row['time']['networks']['seconds'])} | {_share(row, 'refine_ext_free', 'refine_ext')} | "
+            f"{_slower(row, 'edm loop', ours)} | {_share(row, 'edm loop free', 'edm loop')} | "
+            f"{_slower(row, k_diffusion, float32)} | {_share(row, f'{k_diffusion} free', k_diffusion)} |"
+        )
+    lines.append(
+        f"\n{_machine(result['facts'])}. How many times longer torch takes. Arithmetic: the same trajectory on "
+        "networks that return at once, over the whole; autograd's own part of a discriminator's call is in it. "
+        "k-diffusion's state is float32, and compared with ours in float32."
+    )
+    return "\n".join(lines)
+
+
 def gpu() -> str:
     runs = [run for run in gate_results.load(RESULTS) if gate_results.rows(run)]
     if not runs:
@@ -171,35 +226,94 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
-def demo_digits() -> str:
-    result = _load("demo_digits")
+DEMO_MEASURES = {
+    "auc": "two-sample AUC (0.5 is best)",
+    "energy_distance": "energy distance",
+    "mmd2": "MMD²",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def _mean_and_error(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3g} ± {value['stderr']:.1g}"
+
+
+def _demo_table(name: str, columns: dict[str, str], about: str) -> str:
+    """A demonstration's measures, one column for each stage of the summary, over all seeds."""
+    result = _load(name)
     if result is None:
         return ""
-    facts = result["facts"]
-    names = {
-        "auc": "two-sample AUC (0.5 is best)",
-        "energy_distance": "energy distance",
-        "mmd2": "MMD²",
-        "precision": "precision",
-        "recall": "recall",
-    }
+    facts, names = result["facts"], DEMO_MEASURES
     lines = [
-        "| on held-out real digits | generated | refined | without the guard | weights that know every fault |",
-        "|---|---|---|---|---|",
+        f"| on held-out real digits | {' | '.join(columns.values())} |",
+        f"|---|{'---|' * len(columns)}",
     ]
-    for key, name in names.items():
-        values = [result["summary"][key][stage] for stage in ("before", "after", "full_strength", "oracle")]
-        lines.append(f"| {name} | " + " | ".join(f"{v['mean']:.3g} ± {v['stderr']:.1g}" for v in values) + " |")
-    seeds = len(result["rows"])
-    improved = ", ".join(f"{names[key].partition(' (')[0]} {count}" for key, count in result["improved"].items())
+    for key, title in names.items():
+        values = [result["summary"][key][stage] for stage in columns]
+        lines.append(f"| {title} | " + " | ".join(map(_mean_and_error, values)) + " |")
+    counts = {
+        names[key].partition(" (")[0]: count if isinstance(count, int) else count["after"]
+        for key, count in result["improved"].items()
+    }
     lines.append(
-        f"\n{seeds} seeds, mean ± standard error; seeds improved: {improved}. torch {facts['torch']}, "
+        f"\n{len(result['rows'])} seeds, mean ± standard error; seeds improved: "
+        f"{', '.join(f'{title} {count}' for title, count in counts.items())}. {about}torch {facts['torch']}, "
         f"commit {facts['commit']}, {facts['date']}."
     )
     return "\n".join(lines)
 
 
-TABLES = {"density_ratio": density_ratio, "resampling": resampling, "gpu": gpu, "demo_digits": demo_digits}
+def demo_digits() -> str:
+    columns = {
+        "before": "generated",
+        "after": "refined",
+        "full_strength": "without the guard",
+        "oracle": "weights that know every fault",
+    }
+    return _demo_table("demo_digits", columns, "")
+
+
+def demo_diffusion() -> str:
+    result = _load("demo_diffusion")
+    if result is None:
+        return ""
+    about = f"{result['seconds']['cpu']:.0f} CPU seconds in all on {result['facts']['cpu']}, "
+    return _demo_table("demo_diffusion", result["columns"], about)
+
+
+def demo_latent() -> str:
+    result = _load("demo_latent")
+    if result is None:
+        return ""
+    columns = {"before": "generated", "flow_kl": "flow, KL", "flow_js": "flow, JS", "langevin": "Langevin"}
+    lines = [
+        f"| | on held-out real digits | {' | '.join(columns.values())} |",
+        f"|---|---|{'---|' * len(columns)}",
+    ]
+    for model, measures in result["summary"].items():
+        for key, title in DEMO_MEASURES.items():
+            cells = " | ".join(_mean_and_error(measures[key][column]) for column in columns)
+            lines.append(f"| {model if key == 'auc' else ''} | {title} | {cells} |")
+    worse = "; ".join(result["not_improved"])
+    facts = result["facts"]
+    lines.append(
+        f"\n{len(result['rows'])} seeds, mean ± standard error. Not better on average: {worse or 'none'}. "
+        f"{result['seconds']['cpu']:.0f} CPU seconds in all on {facts['cpu']}, torch {facts['torch']}, "
+        f"commit {facts['commit']}, {facts['date']}."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "density_ratio": density_ratio,
+    "resampling": resampling,
+    "guidance": guidance,
+    "gpu": gpu,
+    "demo_digits": demo_digits,
+    "demo_diffusion": demo_diffusion,
+    "demo_latent": demo_latent,
+}
 
 
 def render(text: str) -> str:
@@ -222,7 +336,11 @@ def _streams(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose bandwidth means something, each labelled by what has several sizes."""
     kept = []
     for row in rows:
-        if row.get("threads", 1) == 1 and row["op"] != "metropolis" and row.get("num", row["n"]) == row["n"]:
+        if (
+            row.get("threads", 1) == 1
+            and row["op"] not in ("metropolis", "sample_edm")
+            and row.get("num", row["n"]) == row["n"]
+        ):
             dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
             kept.append({**row, "variant": row.get("method", row["variant"]) + dtype})
     return kept
@@ -231,7 +349,7 @@ def _streams(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plots() -> dict[str, Plot]:
     """The plots that the committed results allow, by their names in docs/."""
     found: dict[str, Plot] = {}
-    documents = [d for name in ("density_ratio_cpu", "variational_bound_cpu", "resampling_cpu") if (d := _load(name))]
+    documents = [d for name in CPU_RESULTS if (d := _load(name))]
     if rows := _streams([row for document in documents for row in measured(document)]):
         facts = documents[0]["facts"]
         title = f"{facts['cpu']} ({facts['simd']}), one thread, commit {facts['commit']}, {facts['date']}"

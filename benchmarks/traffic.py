@@ -53,3 +53,17 @@ def draws_traffic(op: str, n: int, num: int, itemsize: int) -> Traffic:
     written = num if op == "rejection" else 8 * num
     reads = 0 if op == "metropolis" else n * itemsize
     return Traffic(2 * reads + written, reads + written)
+
+
+def step_traffic(n: int, itemsize: int, terms: int) -> Traffic:
+    """A state and `terms` tensors beside it are read, a state is written; noise is made where it is added."""
+    return Traffic((2 + terms) * n * itemsize, (2 + terms) * n * itemsize)
+
+
+def normals_traffic(n: int, itemsize: int) -> Traffic:
+    return Traffic(n * itemsize, n * itemsize)
+
+
+def factor_traffic(n: int, itemsize: int) -> Traffic:
+    """An output, a weight and a noise level are read, a factor is written; all but the first have 8 bytes."""
+    return Traffic(n * (itemsize + 24), n * (itemsize + 24))

@@ -188,6 +188,59 @@ def _metropolis(dtype: torch.dtype) -> Case:
     return Case(f"metropolis-{short(dtype)}", inputs, call)
 
 
+def _guided_step(dtype: torch.dtype, other: torch.dtype | None = None) -> Case:
+    """Rows of packs and rows that begin between two, few terms and many, of the state's dtype and of another one."""
+    shapes = ((5, 2), (3, 5, 8), (2, 20_001), (3, 7, 1024))
+    others = dtype if other is None else other
+
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        for shape in shapes:
+            x, first = (torch.randn(shape, dtype=torch.float64, generator=g).to(dtype) for _ in range(2))
+            yield from (x, first)
+            for _ in range(4):
+                yield torch.randn(shape, dtype=torch.float64, generator=g).to(others)
+            yield torch.randn(shape[0], 7, dtype=torch.float64, generator=g)  # a table of coefficients
+            yield torch.rand(shape[0], dtype=torch.float64, generator=g)  # factors
+            yield _seed(g, shape[0])
+
+    def call(*groups: Tensor) -> Iterable[Tensor]:
+        for x, first, second, third, fourth, fifth, table, factor, seeds in zip(*[iter(groups)] * 9, strict=True):
+            few, many = [first, second], [first, second, third, fourth, fifth]
+            numbers = [0.9, 0.4, -0.3, 0.5]
+            yield ops.guided_step(x, few, None, numbers[:3], factor, None, 0, 0, False)
+            yield ops.guided_step(x, many, table[:, :6], [], factor, None, 0, 0, False)
+            yield ops.guided_step(x, few, table[0, :4], [], None, seeds, 0, 2, True)
+            yield ops.guided_step(x, many, table, [], factor, seeds[:1].reshape(()), 0, 2**32 - 1, True)
+            ops.guided_step_out(x, [second], None, [0.9, 0.4, 0.5], factor, seeds, 0, 3, True, out=x)
+            yield x
+
+    return Case(f"guided_step-{short(dtype)}{f'-with_{short(other)}' if other else ''}", inputs, call)
+
+
+def _guidance_factor(name: str, dtype: torch.dtype, logit: bool = False, flow: bool = False) -> Case:
+    """Every parametrisation, its values as numbers and as tensors."""
+    code, alpha = parse_divergence("test", name)
+    rows = 700
+
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        h = torch.randn(rows, dtype=torch.float64, generator=g).to(dtype) if logit else None
+        yield outputs(name, (rows,), dtype, generator=g) if h is None else h
+        for _ in range(3):
+            yield 0.1 + torch.rand(rows, dtype=torch.float64, generator=g)
+
+    def call(h: Tensor, weight: Tensor, sigma: Tensor, level: Tensor) -> Iterable[Tensor]:
+        options = (code, alpha, logit, flow)
+        for parametrization in range(4):
+            numbers = [0.1, 1.5, float("nan"), 1.0, 0.3, 2.0]
+            yield ops.guidance_factor(h, None, weight, sigma, level, numbers, *options, parametrization)
+            numbers[2] = 0.7
+            few = h[:90], 0.05 * weight[:90]  # of kl all are the same constant
+            yield ops.guidance_factor(*few, None, None, None, numbers, *options, parametrization)
+
+    kind = "-logit" if logit else ""
+    return Case(f"guidance_factor-{name}-{short(dtype)}{kind}{'-flow' if flow else ''}", inputs, call)
+
+
 ALPHAS = ("alpha:0.3", "alpha:3")
 OTHERS = tuple(dtype for dtype in DTYPES if dtype != torch.float32)
 CASES = (
@@ -206,6 +259,11 @@ CASES = (
     *(_resample("systematic", dtype, False) for dtype in OTHERS),
     *(_rejection(dtype) for dtype in DTYPES),
     *(_metropolis(dtype) for dtype in DTYPES),
+    *(_guided_step(dtype) for dtype in DTYPES),
+    _guided_step(torch.float64, torch.float32),
+    *(_guided_step(torch.float32, other) for other in (torch.float16, torch.bfloat16)),
+    *(_guidance_factor(name, torch.float32) for name in (*NAMED, *ALPHAS)),
+    *(_guidance_factor("jensen_shannon", dtype, True, True) for dtype in OTHERS),
 )
 
 

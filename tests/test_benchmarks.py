@@ -21,6 +21,7 @@ import refine_ext as rx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_density_ratio
+import bench_guidance
 import bench_resampling
 import bench_variational_bound
 import common
@@ -28,7 +29,7 @@ import kernels
 import timing
 import traffic
 
-BENCHES = (bench_density_ratio, bench_resampling, bench_variational_bound)
+BENCHES = (bench_density_ratio, bench_guidance, bench_resampling, bench_variational_bound)
 
 
 class OnCpu(TorchFunctionMode):
@@ -111,9 +112,9 @@ def test_threads_of_a_case_are_put_back(tmp_path, threads):
 
 
 def test_every_op_is_measured():
-    """Every CUDA op has a benchmark's row; the two that write into a given tensor share one."""
+    """Every CUDA op has a benchmark's row; the two that write into a given tensor share one. sample_edm is no op."""
     measured = {case.op for bench in BENCHES for case in bench.cases("cuda", quick=False)}
-    assert measured == set(kernels.ops()) - {"density_ratio_out"}
+    assert measured - {"sample_edm"} == {name for name in kernels.ops() if not name.endswith("_out")}
 
 
 def test_a_failing_contender_costs_its_own_time_only(on_cpu):
@@ -173,6 +174,9 @@ def test_bytes_that_must_move():
     assert traffic.traffic("variational_bound", 10, 4, "loose") == (80, 80)
     assert traffic.draws_traffic("resample", 10, 3, 4) == (104, 64)
     assert traffic.draws_traffic("rejection", 10, 10, 4) == (90, 50)
+    assert traffic.step_traffic(10, 4, terms=2) == (160, 160)
+    assert traffic.normals_traffic(10, 2) == (20, 20)
+    assert traffic.factor_traffic(10, 4) == (280, 280)
 
 
 def test_torch_s_ratios_are_density_ratios():
@@ -194,3 +198,42 @@ def test_torch_s_bounds_are_variational_bounds(tight):
         want = rx.variational_bound(real, fake, family, tight=tight)
         got = (tight_bound if tight else loose_bound)(real, fake, family)
         torch.testing.assert_close(got.reshape(()), want, rtol=1e-5, atol=1e-6)
+
+
+def test_torch_s_trajectories_are_sample_edm():
+    """Heun's method with and without a discriminator, as EDM's and k-diffusion's loops have it."""
+    import torch_guidance as restated
+
+    torch.manual_seed(0)
+    net = restated.Denoiser(restated.UNet(3, 8, 2)).double()
+    discriminator = restated.Discriminator(3, 8, 2).double()
+    noise, levels = torch.randn(2, 3, 8, 8, dtype=torch.float64), restated.noise_levels(5)
+    assert levels[0] == pytest.approx(80) and levels[-2:] == [pytest.approx(0.002), 0.0]
+    for guide in (None, discriminator):
+        want = rx.sample_edm(net, noise, discriminator=guide, num_steps=5)
+        for loop in (restated.edm_loop, restated.k_diffusion_loop):
+            # The state is written in another form: roundings relative to its largest value, 80 sigma.
+            torch.testing.assert_close(loop(net, guide, noise, levels), want, rtol=1e-9, atol=1e-9)
+
+
+def test_networks_alone_calls_what_a_trajectory_calls():
+    import torch_guidance as restated
+
+    noise, calls = torch.randn(2, 3), []
+
+    def net(x, sigma):
+        calls.append(("net", round(float(sigma[0]), 9)))
+        return 0.5 * x
+
+    def discriminator(x, sigma):
+        calls.append(("discriminator", round(float(sigma[0]), 9)))
+        return x.sum(1) * 0.1
+
+    levels = restated.noise_levels(4)
+    restated.networks_alone(net, discriminator, noise, levels)
+    alone, calls[:] = list(calls), []
+    restated.edm_loop(net, discriminator, noise, levels)
+    assert sorted(alone) == sorted(calls) and len(alone) == 2 * 7
+    calls[:] = []
+    rx.sample_edm(net, noise, discriminator=discriminator, num_steps=4)
+    assert len(alone) == len(calls)

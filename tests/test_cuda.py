@@ -16,9 +16,11 @@ from op_cases import CASES, Case, assert_same, near
 
 import refine_ext as rx
 
+ops = torch.ops.refine_ext
 cuda = pytest.mark.cuda
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-COMPILED = ("density_ratio-gan", "density_ratio_backward-gan", "variational_bound-kl", "dual_bound-gan", "rejection")
+COMPILED = ("density_ratio-gan", "density_ratio_backward-gan", "variational_bound-kl", "dual_bound-gan", "rejection",
+            "guided_step", "guidance_factor-gan")  # fmt: skip
 # An order of magnitude above what submitting a case takes the host.
 CYCLES = 100_000_000
 
@@ -108,6 +110,83 @@ def test_graph_draws_anew_when_the_seed_changes():
     for want in eager:
         drawn.replay()
         assert_same(by_generator, want, "torch's generator")
+
+
+@cuda
+def test_graph_of_a_guided_step_draws_anew_when_the_seeds_change():
+    """A denoiser, a discriminator with its backward pass, the factor and the fused step, captured as one graph."""
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 3, 3, padding=1, device="cuda")
+    discriminator = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 1)).to("cuda")
+    x, sigma = torch.randn(4, 3, 8, 8, device="cuda"), torch.full((4,), 2.0, dtype=torch.float64, device="cuda")
+    table = torch.tensor([0.9, 0.08, 1.0, 0.3], dtype=torch.float64, device="cuda")
+    seeds = torch.arange(4, device="cuda")
+
+    def guided() -> torch.Tensor:
+        with torch.no_grad():
+            denoised = net(x)
+        with torch.enable_grad():
+            state = x.detach().requires_grad_()
+            h = discriminator(state)[:, 0]
+            (gradient,) = torch.autograd.grad(h.sum(), state)
+        numbers = [0.0, 1.5, float("nan"), 1.0, 0.0, 80.0]
+        factor = ops.guidance_factor(h.detach(), None, None, sigma, None, numbers, 0, 0.0, True, False, 1)
+        return ops.guided_step(x, [denoised, gradient], table, [], factor, seeds, 0, 3, True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        guided()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = guided()
+    results = []
+    for first in (0, 100, 0):
+        seeds.copy_(torch.arange(4, device="cuda") + first)
+        sigma.fill_(2.0 + first)  # the levels are read at every replay too: 102 gets no guidance
+        graph.replay()
+        results.append(captured.clone())
+        # cuDNN and cuBLAS may choose other algorithms inside a graph.
+        torch.testing.assert_close(results[-1], guided(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+    noise = [ops.guided_step(x, [], None, [0.0, 1.0], None, seeds + k, 0, 3, True) for k in (0, 100)]
+    assert not torch.equal(*noise)
+
+
+@cuda
+def test_graph_of_a_guided_trajectory():
+    """All steps of sample_edm, its churn included; a replay reads the noise and the seeds as they then are."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 16, device="cuda")
+    direction = torch.randn(16, device="cuda")
+    noise, seeds = torch.randn(32, 16, device="cuda"), torch.arange(32, device="cuda")
+
+    def sample() -> torch.Tensor:
+        return rx.sample_edm(
+            lambda x, sigma: torch.tanh(linear(x)),
+            noise,
+            num_steps=5,
+            S_churn=2.0,
+            discriminator=rx.Guide(lambda x, sigma: x @ direction / (1 + sigma), check=False),
+            seed=seeds,
+        )
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        sample()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sample()
+    results = []
+    for first in (0, 50, 0):
+        seeds.copy_(torch.arange(32, device="cuda") + first)
+        graph.replay()
+        results.append(captured.clone())
+        torch.testing.assert_close(results[-1], sample(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
 
 
 @cuda

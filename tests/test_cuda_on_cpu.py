@@ -94,6 +94,9 @@ def test_the_order_of_blocks_does_not_matter(order, kernels, monkeypatch):
             yield rx.resample(log_weights, 5000, method, seed=3, log=True)
         yield from rx.rejection(log_weights, seed=3)
         yield rx.metropolis(log_weights[0], 40, chains=300, burn_in=5, seed=3)
+        yield torch.ops.refine_ext.guided_step(
+            log_weights, [log_weights], None, [0.5, 0.4, 1.0], None, None, 3, 0, True
+        )
 
     want = list(results())
     monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)

@@ -160,6 +160,9 @@ def test_empty_inputs(device):
         [ops.dual_slope(rows, rows, True, 3, 0.0), ops.dual_slope(values, rows, True, 3, 0.0)],
         [ops.resample(rows, 5, seed, 0, method, False) for method in range(len(rx.resampling.METHODS))],
         ops.rejection(rows, None, None, 1e-6, seed, 0),
+        [ops.guided_step(rows, [rows], None, [1.0, 1.0, 1.0], None, None, 0, 0, True)],
+        [ops.guided_step(rows.new_empty(0), [], None, [1.0], None, None, 0, 0, False)],
+        [ops.guidance_factor(values, None, None, None, None, [0.0, 1.0, 1.0, 1.0, 0.0, 2.0], 3, 0.0, False, False, 1)],
     ]
     for tensors in results:
         for tensor in tensors:
@@ -167,6 +170,7 @@ def test_empty_inputs(device):
     assert rx.resample(torch.rand(3, 7, device=device), 0, seed=0).shape == (3, 0)
     assert rx.metropolis(torch.rand(7, device=device), 0, chains=2, seed=0).shape == (2, 0)
     none = torch.empty(3, 0, device=device)
+    assert ops.guided_step(none, [none], None, [1.0, 1.0, 1.0], None, None, 0, 0, True).shape == (3, 0)
     for call in (
         lambda: rx.density_ratio(none, dim=-1),
         lambda: rx.resample(none, 2, seed=0),

@@ -11,8 +11,6 @@ namespace refine_ext::cuda {
 inline constexpr int64_t kRowLimit = 16384;
 inline constexpr int kBlocksPerMultiprocessor = 4;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Launch {
   Layout layout;
   int threads;

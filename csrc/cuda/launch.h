@@ -45,6 +45,8 @@ namespace refine_ext::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 #if defined(REFINE_EXT_CUDA_ON_CPU)
 
 inline int multiprocessors() { return cuda_on_cpu::multiprocessors(); }

@@ -6,8 +6,6 @@
 namespace refine_ext::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class F>
 void with_storage(Storage storage, F&& f) {
   switch (storage) {

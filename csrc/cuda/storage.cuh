@@ -1,6 +1,8 @@
 // Storage types and the 16-byte packs they are moved in.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.h"
 
 namespace refine_ext::cuda {
@@ -75,6 +77,34 @@ __device__ __forceinline__ void narrow(double value, Half& result) {
 
 template <class T>
 inline constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+
+// By instruction: of a pointer that was chosen among others the compiler does not know that it is to global
+// memory.
+__device__ __forceinline__ uint4 load_pack(const uint4* p) {
+#if defined(__CUDA_ARCH__)
+  uint4 pack;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(pack.x), "=r"(pack.y), "=r"(pack.z), "=r"(pack.w)
+               : "l"(__cvta_generic_to_global(p)));
+  return pack;
+#else
+  return *p;
+#endif
+}
+
+// Lane `lane` of a pack; known when compiled.
+template <class C, class T>
+__device__ __forceinline__ C widen_lane(const uint4& pack, int lane) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    // Without taking the two halves of a word apart first.
+    const uint32_t word = lane < 4 ? (lane < 2 ? pack.x : pack.y) : (lane < 6 ? pack.z : pack.w);
+    return from_bits<float>(lane % 2 ? word & 0xffff0000u : word << 16);
+  } else {
+    T lanes[kLanes<T>];
+    memcpy(lanes, &pack, sizeof(pack));
+    return static_cast<C>(widen(lanes[lane]));
+  }
+}
 
 template <class T>
 __device__ __forceinline__ bool is_aligned(const T* p) {

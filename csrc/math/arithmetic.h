@@ -101,6 +101,8 @@ struct Arithmetic<float> {
         std::bit_cast<float>(std::bit_cast<uint32_t>(x) - (std::bit_cast<uint32_t>(shifted) << 23));
     return 0.693147181f * (subnormal ? n - 24.0f : n) + 0.693147181f * log2_special(m);
   }
+  // For a normal number below sqrt(1/2): within 5e-7 of itself, which is -1/2 at most.
+  static REFINE_EXT_INLINE float log2_below_one(float x) { return log2_special(x); }
   static REFINE_EXT_INLINE float quotient(float x, float y) { return x * reciprocal(y); }
   // For x >= 0; within 10 ulp. With s = x / (2 + x) it is 2 s + s^3 R(s^2).
   static REFINE_EXT_INLINE float log1p(float x) {

@@ -10,7 +10,7 @@
 namespace refine_ext {
 
 // What Box-Muller asks of words, beside Arithmetic<V>. Word is a uint32_t, or a SIMD vector with a word for
-// each lane of V (csrc/cpu/normal_simd.h specialises WordArithmetic).
+// each lane of V (csrc/cpu/normal_simd.h specialises WordArithmetic, and adds `split` for float32).
 template <class V>
 struct WordArithmetic {
   using Word = uint32_t;
@@ -18,17 +18,22 @@ struct WordArithmetic {
   static REFINE_EXT_INLINE V signed_value(Word w) { return static_cast<V>(static_cast<int32_t>(w)); }
   static REFINE_EXT_INLINE bool has_bits(Word w, uint32_t bits) { return (w & bits) != 0; }
   // -x where the word's highest bit is set.
-  static REFINE_EXT_INLINE V negate_by(V x, Word w) { return has_bits(w, 0x80000000u) ? -x : x; }
-  // x = m 2^k for a normal number x > 0, m in [1/2, 1), k integer-valued. For V = float.
-  static REFINE_EXT_INLINE void split(V x, V& m, V& k) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    const int32_t exponent = static_cast<int32_t>(bits - 0x3f000000u) >> 23;
-    m = std::bit_cast<V>(bits - (static_cast<uint32_t>(exponent) << 23));
-    k = static_cast<V>(exponent);
+  static REFINE_EXT_INLINE V negate_by(V x, Word w) {
+    if constexpr (sizeof(V) == 4) {
+      return std::bit_cast<V>(std::bit_cast<uint32_t>(x) ^ (w & 0x80000000u));
+    } else {
+      return std::bit_cast<V>(std::bit_cast<uint64_t>(x) ^ uint64_t{w & 0x80000000u} << 32);
+    }
   }
 };
 
-// Coefficients: tools/fit_polynomials.py.
+// From the lowest degree up. Returned by functions: device code has no address of a constant of the host.
+template <int N>
+struct Polynomial {
+  double coefficient[N];
+};
+
+// tools/fit_polynomials.py.
 template <class Scalar>
 struct NormalTables;
 
@@ -36,35 +41,40 @@ template <>
 struct NormalTables<float> {
   // -2 (log(1 + f) - f) / f^2 for f in [-1/2, 0]; sin(2 pi f) / f and (cos(2 pi f) - 1) / f^2 in f^2 for
   // |f| <= 1/8.
-  static constexpr double kLog1p[] = {0.999999767805863148,  -0.666725893215194125, 0.497558326690173239,
-                                      -0.437682658698316874, 0.054386250239955716,  -1.36651796723183248,
-                                      -1.91489002229282498,  -2.11605903979757238};
-  static constexpr double kSine[] = {6.28318528781294674, -41.3416625705479549, 81.5925428713015433,
-                                     -75.4016127027474585};
-  static constexpr double kCosine[] = {-19.7392087899875097, 64.9393690514197757, -85.4488200896510713,
-                                       59.4241059817564739};
+  static REFINE_EXT_INLINE constexpr Polynomial<8> log1p() {
+    return {{0.999999767805863148, -0.666725893215194125, 0.497558326690173239, -0.437682658698316874,
+             0.054386250239955716, -1.36651796723183248, -1.91489002229282498, -2.11605903979757238}};
+  }
+  static REFINE_EXT_INLINE constexpr Polynomial<4> sine() {
+    return {{6.28318528781294674, -41.3416625705479549, 81.5925428713015433, -75.4016127027474585}};
+  }
+  static REFINE_EXT_INLINE constexpr Polynomial<4> cosine() {
+    return {{-19.7392087899875097, 64.9393690514197757, -85.4488200896510713, 59.4241059817564739}};
+  }
 };
 
 template <>
 struct NormalTables<double> {
-  static constexpr double kSine[] = {6.28318530717958646,  -41.3417022403996362, 81.6052492759480352,
-                                     -76.7058597042745506, 42.058685020160894,   -15.0938042099871135,
-                                     3.78086895930229552};
-  static constexpr double kCosine[] = {-19.7392088021787172, 64.9393940226682427,  -85.4568172066438042,
-                                       60.2446413527020089,  -26.4262532758547214, 7.90320691156967843,
-                                       -1.69903439406606364};
+  static REFINE_EXT_INLINE constexpr Polynomial<7> sine() {
+    return {{6.28318530717958646, -41.3417022403996362, 81.6052492759480352, -76.7058597042745506,
+             42.058685020160894, -15.0938042099871135, 3.78086895930229552}};
+  }
+  static REFINE_EXT_INLINE constexpr Polynomial<7> cosine() {
+    return {{-19.7392088021787172, 64.9393940226682427, -85.4568172066438042, 60.2446413527020089,
+             -26.4262532758547214, 7.90320691156967843, -1.69903439406606364}};
+  }
 };
 
 template <class V, int N>
-REFINE_EXT_INLINE V horner(V x, const double (&coefficients)[N]) {
+REFINE_EXT_INLINE V horner(V x, const Polynomial<N>& p) {
   using A = Arithmetic<V>;
-  V sum = A::splat(coefficients[N - 1]);
+  V sum = A::splat(p.coefficient[N - 1]);
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 16
 #endif
-  for (int i = N - 2; i >= 0; --i) sum = sum * x + A::splat(coefficients[i]);
+  for (int i = N - 2; i >= 0; --i) sum = sum * x + A::splat(p.coefficient[i]);
   return sum;
 }
 
@@ -85,9 +95,22 @@ REFINE_EXT_INLINE V squared_radius(Word w) {
     V m, k;
     W::split(t, m, k);
     const V f = A::select(upper, t, m - one);
-    const V minus_two_log1p = f * (f * horner(f, NormalTables<float>::kLog1p) - A::splat(2.0));
+    const V minus_two_log1p = f * (f * horner(f, NormalTables<float>::log1p()) - A::splat(2.0));
     return A::select(upper, zero, k) * A::splat(-1.38629436111989062) + minus_two_log1p;
   }
+}
+
+// A CUDA thread's: the special unit's logarithm, but next to one, where only its absolute error is small.
+// There, -log(1 - t) = 2 s + s^3 R(s^2) with s = t / (2 - t), as in Arithmetic<float>::log1p.
+template <>
+REFINE_EXT_INLINE float squared_radius<float, uint32_t>(uint32_t w) {
+  using A = Arithmetic<float>;
+  using T = FloatLog;
+  const bool near = w >= 0xB504F334u;
+  const float t = static_cast<float>(near ? ~w : w) * 0x1p-32f + 0x1p-33f;
+  const float s = A::quotient(t, 2.0f - t), z = s * s;
+  const float series = s * (z * ((2.0f * T::r2 * z + 2.0f * T::r1) * z + 2.0f * T::r0) + 4.0f);
+  return near ? series : -1.38629436f * A::log2_below_one(t);
 }
 
 template <class V>
@@ -106,8 +129,8 @@ REFINE_EXT_INLINE NormalPair<V> normal_pair(Word radius_word, Word angle_word) {
   const Word turned = angle_word + 0x20000000u;
   const V f = W::signed_value(angle_word << 2) * A::splat(0x1p-34);
   const V z = f * f;
-  const V sine = f * horner(z, T::kSine);
-  const V cosine = z * horner(z, T::kCosine) + A::splat(1.0);
+  const V sine = f * horner(z, T::sine());
+  const V cosine = z * horner(z, T::cosine()) + A::splat(1.0);
   const auto odd = W::has_bits(turned, 0x40000000u);
   return {W::negate_by(radius * A::select(odd, sine, cosine), turned + 0x40000000u),
           W::negate_by(radius * A::select(odd, cosine, sine), turned)};

@@ -19,7 +19,13 @@ struct PhiloxBlock {
 };
 
 REFINE_EXT_INLINE void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+  // Of a plain product nvcc makes one of 64 bits, which adds the zero upper half of b.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+#else
   const uint64_t product = static_cast<uint64_t>(a) * b;
+#endif
   high = static_cast<uint32_t>(product >> 32);
   low = static_cast<uint32_t>(product);
 }

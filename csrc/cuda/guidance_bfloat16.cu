@@ -1,0 +1,3 @@
+#include "guidance_launch.cuh"
+
+template struct refine_ext::cuda::GuidedStepLaunches<refine_ext::cuda::BFloat16>;
