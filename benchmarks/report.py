@@ -226,29 +226,80 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
-def demo_digits() -> str:
-    result = _load("demo_digits")
+DEMO_MEASURES = {
+    "auc": "two-sample AUC (0.5 is best)",
+    "energy_distance": "energy distance",
+    "mmd2": "MMD²",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def _mean_and_error(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3g} ± {value['stderr']:.1g}"
+
+
+def _demo_table(name: str, columns: dict[str, str], about: str) -> str:
+    """A demonstration's measures, one column for each stage of the summary, over all seeds."""
+    result = _load(name)
     if result is None:
         return ""
-    facts = result["facts"]
-    names = {
-        "auc": "two-sample AUC (0.5 is best)",
-        "energy_distance": "energy distance",
-        "mmd2": "MMD²",
-        "precision": "precision",
-        "recall": "recall",
-    }
+    facts, names = result["facts"], DEMO_MEASURES
     lines = [
-        "| on held-out real digits | generated | refined | without the guard | weights that know every fault |",
-        "|---|---|---|---|---|",
+        f"| on held-out real digits | {' | '.join(columns.values())} |",
+        f"|---|{'---|' * len(columns)}",
     ]
-    for key, name in names.items():
-        values = [result["summary"][key][stage] for stage in ("before", "after", "full_strength", "oracle")]
-        lines.append(f"| {name} | " + " | ".join(f"{v['mean']:.3g} ± {v['stderr']:.1g}" for v in values) + " |")
-    seeds = len(result["rows"])
-    improved = ", ".join(f"{names[key].partition(' (')[0]} {count}" for key, count in result["improved"].items())
+    for key, title in names.items():
+        values = [result["summary"][key][stage] for stage in columns]
+        lines.append(f"| {title} | " + " | ".join(map(_mean_and_error, values)) + " |")
+    counts = {
+        names[key].partition(" (")[0]: count if isinstance(count, int) else count["after"]
+        for key, count in result["improved"].items()
+    }
     lines.append(
-        f"\n{seeds} seeds, mean ± standard error; seeds improved: {improved}. torch {facts['torch']}, "
+        f"\n{len(result['rows'])} seeds, mean ± standard error; seeds improved: "
+        f"{', '.join(f'{title} {count}' for title, count in counts.items())}. {about}torch {facts['torch']}, "
+        f"commit {facts['commit']}, {facts['date']}."
+    )
+    return "\n".join(lines)
+
+
+def demo_digits() -> str:
+    columns = {
+        "before": "generated",
+        "after": "refined",
+        "full_strength": "without the guard",
+        "oracle": "weights that know every fault",
+    }
+    return _demo_table("demo_digits", columns, "")
+
+
+def demo_diffusion() -> str:
+    result = _load("demo_diffusion")
+    if result is None:
+        return ""
+    about = f"{result['seconds']['cpu']:.0f} CPU seconds in all on {result['facts']['cpu']}, "
+    return _demo_table("demo_diffusion", result["columns"], about)
+
+
+def demo_latent() -> str:
+    result = _load("demo_latent")
+    if result is None:
+        return ""
+    columns = {"before": "generated", "flow_kl": "flow, KL", "flow_js": "flow, JS", "langevin": "Langevin"}
+    lines = [
+        f"| | on held-out real digits | {' | '.join(columns.values())} |",
+        f"|---|---|{'---|' * len(columns)}",
+    ]
+    for model, measures in result["summary"].items():
+        for key, title in DEMO_MEASURES.items():
+            cells = " | ".join(_mean_and_error(measures[key][column]) for column in columns)
+            lines.append(f"| {model if key == 'auc' else ''} | {title} | {cells} |")
+    worse = "; ".join(result["not_improved"])
+    facts = result["facts"]
+    lines.append(
+        f"\n{len(result['rows'])} seeds, mean ± standard error. Not better on average: {worse or 'none'}. "
+        f"{result['seconds']['cpu']:.0f} CPU seconds in all on {facts['cpu']}, torch {facts['torch']}, "
         f"commit {facts['commit']}, {facts['date']}."
     )
     return "\n".join(lines)
@@ -260,6 +311,8 @@ TABLES = {
     "guidance": guidance,
     "gpu": gpu,
     "demo_digits": demo_digits,
+    "demo_diffusion": demo_diffusion,
+    "demo_latent": demo_latent,
 }
 
 

@@ -20,45 +20,71 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .denoiser import RefinedDenoiser, post_cfg
+    from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
     from .edm import sample_edm
     from .fit import fit_discriminator
+    from .fit_diffusion import fit_diffusion_discriminator
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
+    from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
+    from .modular import DiscriminatorGuidance
+    from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "RefinedDenoiser": "denoiser",
+    "post_cfg": "denoiser",
+    "DiffusionDiscriminator": "diffusion_discriminator",
     "Discriminator": "discriminator",
-    "Guide": "guide",
-    "VPSchedule": "guide",
+    "sample_edm": "edm",
     "fit_discriminator": "fit",
+    "fit_diffusion_discriminator": "fit_diffusion",
     "guided_score": "guidance",
     "guided_step": "guidance",
     "philox_normal": "guidance",
-    "sample_edm": "edm",
+    "Guide": "guide",
+    "VPSchedule": "guide",
+    "LatentFlow": "latent",
+    "LatentLangevin": "latent",
+    "latent_flow": "latent",
+    "latent_langevin": "latent",
+    "DiscriminatorGuidance": "modular",
+    "wrap_scheduler": "schedulers",
 }
 
 __all__ = [
     "DensityRatio",
+    "DiffusionDiscriminator",
     "Discriminator",
+    "DiscriminatorGuidance",
     "Guide",
+    "LatentFlow",
+    "LatentLangevin",
     "Metropolis",
+    "RefinedDenoiser",
     "Rejection",
     "VPSchedule",
     "density_ratio",
     "divergences",
+    "fit_diffusion_discriminator",
     "fit_discriminator",
     "guided_score",
     "guided_step",
+    "latent_flow",
+    "latent_langevin",
     "logistic_loss",
     "metropolis",
     "philox_normal",
+    "post_cfg",
     "rejection",
     "resample",
     "sample_edm",
     "variational_bound",
+    "wrap_scheduler",
 ]
 
 

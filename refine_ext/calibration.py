@@ -89,7 +89,7 @@ class FitReport:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that ``json.dumps`` accepts (non-finite numbers become ``None``)."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: plain(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FitReport:
@@ -98,13 +98,13 @@ class FitReport:
         return cls(**{**known, "shape": tuple(known["shape"])})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value
 
 
@@ -115,11 +115,30 @@ def has_bounded_domain(divergence: str) -> bool:
     return divergence not in ("kl", "pearson_chi2", "jeffreys")
 
 
-def _ratio_can_vanish(divergence: str) -> bool:
+def ratio_can_vanish(divergence: str) -> bool:
     """Whether a finite output can give r = 0, that is f'(0) is finite."""
     if divergence.startswith("alpha:"):
         return float(divergence.removeprefix("alpha:")) > 1.0
     return divergence == "pearson_chi2"
+
+
+def check_outputs(outputs: Tensor, *, function: str) -> None:
+    """A trained model's held-out outputs are finite and differ.
+
+    Raises:
+        ValueError: they do not.
+    """
+    bad = int((~torch.isfinite(outputs)).sum())
+    if bad:
+        raise ValueError(
+            f"{function}: the trained model gave {bad} NaN or infinite outputs on "
+            f"{len(outputs)} held-out samples; lower learning_rate"
+        )
+    if bool((outputs == outputs[0]).all()):
+        raise ValueError(
+            f"{function}: the trained model's output is constant, {float(outputs[0]):g} "
+            f"on all {len(outputs)} held-out samples; it cannot tell real from fake"
+        )
 
 
 def calibrate(
@@ -147,23 +166,13 @@ def calibrate(
         ValueError: outputs that are constant or not finite.
     """
     everything = torch.cat([real, fake]).double()
-    bad = int((~torch.isfinite(everything)).sum())
-    if bad:
-        raise ValueError(
-            f"fit_discriminator: the trained model gave {bad} NaN or infinite outputs on "
-            f"{len(everything)} held-out samples; lower learning_rate"
-        )
-    if bool((everything == everything[0]).all()):
-        raise ValueError(
-            f"fit_discriminator: the trained model's output is constant, {float(everything[0]):g} "
-            f"on all {len(everything)} held-out samples; it cannot tell real from fake"
-        )
+    check_outputs(everything, function="fit_discriminator")
     kind, divergence = objective.kind, objective.divergence
     shift = float(density_ratio(fake.double(), divergence, kind=kind).shift)
     calibration = Calibration(kind, divergence, shift)
     bounded = kind == "variational" and has_bounded_domain(divergence)
     calibration.output_max = float(fake.max() if bounded else everything.max())
-    if kind == "variational" and _ratio_can_vanish(divergence):
+    if kind == "variational" and ratio_can_vanish(divergence):
         calibration.log_floor = -math.log(fakes_trained_on)
     log_real = log_ratio_at_full_strength(real.double(), calibration)
     log_fake = log_ratio_at_full_strength(fake.double(), calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import signal
@@ -206,37 +207,64 @@ def _write_report(refined: Refined, options: RefineOptions, path: Path, facts: d
 
 
 @main.command()
+@click.option(
+    "--task",
+    type=click.Choice(["digits", "diffusion", "latent"]),
+    default="digits",
+    show_default=True,
+    help="Reweight a faulty generator, guide a small diffusion, or refine a GAN, a VAE and a flow in latent space.",
+)
 @click.option("--out", default="refine-ext-demo", show_default=True, metavar="DIR", help="Where results go.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions.")
-@click.option("--model", type=click.Choice(["linear", "mlp"]), default="linear", show_default=True)
-@click.option("--quick", is_flag=True, help="At most two seeds, half the samples.")
+@click.option(
+    "--model",
+    type=click.Choice(["linear", "mlp"]),
+    default="linear",
+    show_default=True,
+    help="Discriminator of --task digits.",
+)
+@click.option("--quick", is_flag=True, help="At most two seeds, and less of everything.")
 @reporting_errors
-def demo(out: str, seeds: int, model: str, quick: bool) -> None:
-    """Refine a faulty generator of handwritten digits, judged on held-out digits."""
-    from .demo import require_extras, run_demo, write_samples
-    from .pipeline import RefineOptions
+def demo(task: str, out: str, seeds: int, model: str, quick: bool) -> None:
+    """Refine generators of handwritten digits, judged on held-out digits."""
+    from .demo import require_extras
 
     require_extras()
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: exists and is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    seeds = min(seeds, 2) if quick else seeds
+    if task == "digits":
+        closing = _demo_digits(folder, seeds, model, quick)
+    else:
+        closing = _demo_of_networks(folder, seeds, task, quick)
+    picture, facts = _DEMO_FILES[task]
+    click.echo(f"\n{folder / picture}, {facts}; {time.perf_counter() - started:.0f} s")
+    for line in closing:
+        click.echo(line)
+
+
+_DEMO_FILES = {
+    "digits": ("demo.png", "demo.json"),
+    "diffusion": ("demo_diffusion.png", "report.json"),
+    "latent": ("demo_latent.png", "report.json"),
+}
+# What --quick leaves of the training and of the samples of the tasks that train generators.
+_QUICK_EFFORT = 0.1
+
+
+def _demo_digits(folder: Path, seeds: int, model: str, quick: bool) -> list[str]:
+    """Run the task; the lines to end with."""
+    from .demo import run_demo, write_samples
     from .demo_figure import draw_demo
+    from .pipeline import RefineOptions
     from .report import save_figure, save_json
 
-    started = time.perf_counter()
     options = RefineOptions(progress=False, model=model, num=1000)
-    result = run_demo(
-        min(seeds, 2) if quick else seeds,
-        number=1500 if quick else 3000,
-        options=options,
-        announce=click.echo,
-    )
-    rows = result.table()
-    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
-    click.echo("")
-    for row in rows:
-        click.echo("".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    result = run_demo(seeds, number=1500 if quick else 3000, options=options, announce=click.echo)
+    _echo_table(result.table())
     click.echo(
         "\n`perfect weights` know every fault; recall counts blends and noise as coverage, so even they lower it."
     )
@@ -244,11 +272,28 @@ def demo(out: str, seeds: int, model: str, quick: bool) -> None:
     save_figure(draw_demo(result), folder / "demo.png")
     save_json(result.to_dict(), folder / "demo.json")
     write_samples(result, folder)
-    click.echo(f"\n{folder / 'demo.png'}, demo.json; {time.perf_counter() - started:.0f} s")
-    click.echo(
+    return [
         f"The same on files: refine-ext refine --real {folder / 'digits.npy'} "
         f"--generated {folder / 'generated.npy'} --out refined.npy --model {model}"
+    ]
+
+
+def _demo_of_networks(folder: Path, seeds: int, task: str, quick: bool) -> list[str]:
+    """Run a task that trains its own generators; the lines to end with."""
+    module = importlib.import_module(f".demo_{task}", __package__)
+    report = module.run(
+        folder, seeds=seeds, seed=0, progress=sys.stderr.isatty(), effort=_QUICK_EFFORT if quick else 1.0
     )
+    _echo_table(module.table(report))
+    worse = report["not_improved"]
+    return [f"Not better on average: {'; '.join(worse)}."] if worse else []
+
+
+def _echo_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
+    click.echo("")
+    for row in rows:
+        click.echo("".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @main.command()

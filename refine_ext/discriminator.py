@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import discriminator_file
 from ._library import usable_device
 from .calibration import Calibration, FitReport, log_ratio_at_full_strength
 from .networks import MLP, Features, LinearOnFeatures, RandomFourierFeatures, batch_output
 from .samples import as_tensor
-
-_FORMAT = "refine_ext.discriminator"
-_VERSION = 1
-_MAGIC = {
-    b"\x80": "a Python pickle",
-    b"PK": "a zip archive such as torch.save or numpy.savez writes",
-    b"\x93NUMPY": "a NumPy .npy file",
-}
 
 
 @dataclass
@@ -209,23 +198,15 @@ class Discriminator(nn.Module):
         Raises:
             OSError: the file cannot be written; an older file is then left as it was.
         """
-        calibration = {k: _jsonable(v) for k, v in asdict(self.calibration).items()}
-        metadata = {
-            "format": _FORMAT,
-            "version": str(_VERSION),
-            "architecture": json.dumps(asdict(self.architecture)),
-            "calibration": json.dumps(calibration),
-            "report": json.dumps(self.report.to_dict() if self.report else None),
-        }
-        # Clones: safetensors refuses tensors that share memory, such as tied weights.
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
-        from .output import replacing
-
-        try:
-            with replacing(Path(path)) as temporary:
-                save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"Discriminator.save: cannot write {path}: {error}") from error
+        discriminator_file.write(
+            self,
+            path,
+            {
+                "architecture": asdict(self.architecture),
+                "calibration": asdict(self.calibration),
+                "report": self.report.to_dict() if self.report else None,
+            },
+        )
 
     @classmethod
     def load(
@@ -254,64 +235,18 @@ class Discriminator(nn.Module):
                 fit the weights, or a device that cannot be used.
         """
         where = usable_device("Discriminator.load", device or "cpu")
-        tensors, metadata = _read(Path(path))
+        tensors, configuration = discriminator_file.read("Discriminator", path)
         try:
-            architecture_values = json.loads(metadata["architecture"])
-            calibration_values = json.loads(metadata["calibration"])
-            report_values = json.loads(metadata["report"])
+            architecture_values = configuration["architecture"]
             for name in ("shape", "hidden"):
                 architecture_values[name] = tuple(architecture_values[name])
             architecture = Architecture(**architecture_values)
-            calibration = Calibration(**{k: _number(v) for k, v in calibration_values.items()})
-            report = FitReport.from_dict(report_values) if report_values else None
+            calibration = Calibration(**configuration["calibration"])
+            report = FitReport.from_dict(configuration["report"]) if configuration["report"] else None
             reference = tensors["reference"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"Discriminator.load: {path} has a damaged configuration: {error!r}") from None
+        except (KeyError, TypeError) as error:
+            raise discriminator_file.damaged("Discriminator", path, error) from None
         network = architecture.build(model=model, features=features)
         result = cls(network, architecture, calibration, reference=reference, report=report)
-        try:
-            result.load_state_dict(tensors)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"Discriminator.load: the weights of {path} do not fit the model: {reason}") from None
+        discriminator_file.load_weights(result, tensors, path)
         return result.to(where).eval()
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON has no infinities; they are written as strings that float() reads."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if value in ("inf", "-inf", "nan") else value
-
-
-def _refusal(path: Path, reason: str) -> str:
-    # Only after safetensors refused it: a sound file's first byte, a length, may look like these.
-    with path.open("rb") as file:
-        head = file.read(8)
-    for magic, what in _MAGIC.items():
-        if head.startswith(magic):
-            return (
-                f"{path} is {what}, refused because such files can run code when read; "
-                "use a file written by Discriminator.save (safetensors)"
-            )
-    size = path.stat().st_size
-    return f"{path} ({size} bytes) is truncated or not a safetensors file: {reason}"
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys()) if metadata.get("format") == _FORMAT else []
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"Discriminator.load: {_refusal(path, str(error))}") from None
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"Discriminator.load: {path} is a safetensors file but not one written by Discriminator.save")
-    if metadata.get("version") != str(_VERSION):
-        raise ValueError(
-            f"Discriminator.load: {path} has format version {metadata.get('version')}, this package reads {_VERSION}"
-        )
-    return tensors, metadata

@@ -21,6 +21,7 @@ from .networks import (
     Features,
     LinearOnFeatures,
     RandomFourierFeatures,
+    batch_output,
     evaluate_features,
 )
 from .samples import check_samples
@@ -125,8 +126,8 @@ def fit_discriminator(
     where = usable_device("fit_discriminator", device) if device is not None else x_real.device
     goal = Objective(objective, divergence, output_kind(model, objective, divergence))
     generator = torch.Generator().manual_seed(seed)
-    parts_real = _split(x_real, validation_fraction, generator)
-    parts_fake = _split(x_fake, validation_fraction, generator)
+    parts_real = split(x_real, validation_fraction, generator)
+    parts_fake = split(x_fake, validation_fraction, generator)
     shape = tuple(x_real.shape[1:])
 
     network: nn.Module
@@ -143,7 +144,7 @@ def fit_discriminator(
                     objective=goal,
                     norm_bound=norm_bound,
                     tolerance=tolerance,
-                    progress=lambda bound, best: _show(bar, bound, best),
+                    progress=lambda bound, best: show_epoch(bar, bound, best),
                 )
         else:
             network, architecture = _network(model, shape, hidden, dropout, parts_real, parts_fake)
@@ -151,13 +152,18 @@ def fit_discriminator(
             with tqdm(total=max_epochs, desc="discriminator", disable=not progress) as bar:
                 trained = train_network(
                     network,
-                    parts_real,
-                    parts_fake,
+                    (len(parts_real.train), len(parts_fake.train)),
+                    batch=lambda real, fake: batch_output(
+                        network, torch.cat([parts_real.train[real].to(where), parts_fake.train[fake].to(where)])
+                    ),
+                    heldout=lambda: (
+                        outputs(network, parts_real.stop, where, 4 * batch_size),
+                        outputs(network, parts_fake.stop, where, 4 * batch_size),
+                    ),
                     objective=goal,
                     schedule=Schedule(max_epochs, patience, batch_size, learning_rate, weight_decay),
                     generator=generator,
-                    device=where,
-                    progress=lambda bound, best: _show(bar, bound, best),
+                    progress=lambda bound, best: show_epoch(bar, bound, best),
                 )
     rows = max(batch_size, 1024)
     scores_real = outputs(network, parts_real.calibrate, where, rows)
@@ -196,19 +202,20 @@ def output_kind(model: str | nn.Module, objective: str, divergence: str) -> Kind
     return "variational"
 
 
-def _show(bar: Any, bound: float, best: float) -> None:
+def show_epoch(bar: Any, bound: float, best: float) -> None:
+    """One epoch more on a progress bar."""
     bar.update(1)
     bar.set_postfix(heldout=f"{bound:.4f}", best=f"{best:.4f}", refresh=False)
 
 
-def _split(x: Tensor, fraction: float, generator: torch.Generator) -> Parts:
+def split(x: Tensor, fraction: float, generator: torch.Generator, *, function: str = "fit_discriminator") -> Parts:
     """Random disjoint parts; the two held-out ones have at least two samples each."""
     order = torch.randperm(len(x), generator=generator)
     held_out = max(4, round(fraction * len(x)))
     half = held_out // 2
     if len(x) - held_out < 2:
         raise ValueError(
-            f"fit_discriminator: validation_fraction {fraction} of {len(x)} samples leaves "
+            f"{function}: validation_fraction {fraction} of {len(x)} samples leaves "
             f"{len(x) - held_out} to train on, at least 2 are needed"
         )
     order = order.to(x.device)
@@ -256,34 +263,38 @@ def _check_options(options: dict[str, Any]) -> None:
         raise TypeError(
             f"fit_discriminator: model must be 'mlp', 'linear' or a torch.nn.Module, got {type(model).__name__}"
         )
-    if options["objective"] not in _OBJECTIVES:
-        raise ValueError(
-            f"fit_discriminator: objective must be one of {', '.join(_OBJECTIVES)}, got {options['objective']!r}"
-        )
     if isinstance(features, bool) or not (isinstance(features, int) or callable(features)):
         raise TypeError(
             f"fit_discriminator: features must be an even number or a function, got {type(features).__name__}"
         )
     if isinstance(features, int) and (features < 2 or features % 2):
         raise ValueError(f"fit_discriminator: features must be even and at least 2, got {features}")
-    if not isinstance(options["seed"], int):
-        raise TypeError(f"fit_discriminator: seed must be an integer, got {type(options['seed']).__name__}")
-    _check_range(options, "validation_fraction", 0.0, 1.0, open_below=True, open_above=True)
-    _check_range(options, "dropout", 0.0, 1.0, open_above=True)
-    _check_range(options, "learning_rate", 0.0, math.inf, open_below=True, open_above=True)
-    _check_range(options, "weight_decay", 0.0, math.inf, open_above=True)
-    _check_range(options, "caution", 0.0, math.inf, open_above=True)
-    _check_range(options, "tolerance", 0.0, 1.0, open_below=True)
-    for name in ("max_epochs", "patience", "batch_size"):
-        _check_range(options, name, 1, math.inf, open_above=True)
+    check_training("fit_discriminator", options)
+    check_range("fit_discriminator", options, "tolerance", 0.0, 1.0, open_below=True)
     if options["norm_bound"] is not None:
-        _check_range(options, "norm_bound", 0.0, math.inf, open_below=True, open_above=True)
+        check_range("fit_discriminator", options, "norm_bound", 0.0, math.inf, open_below=True, open_above=True)
+
+
+def check_training(function: str, options: dict[str, Any]) -> None:
+    """The options that every way of fitting has."""
+    if options["objective"] not in _OBJECTIVES:
+        raise ValueError(f"{function}: objective must be one of {', '.join(_OBJECTIVES)}, got {options['objective']!r}")
+    if not isinstance(options["seed"], int):
+        raise TypeError(f"{function}: seed must be an integer, got {type(options['seed']).__name__}")
+    check_range(function, options, "validation_fraction", 0.0, 1.0, open_below=True, open_above=True)
+    check_range(function, options, "dropout", 0.0, 1.0, open_above=True)
+    check_range(function, options, "learning_rate", 0.0, math.inf, open_below=True, open_above=True)
+    check_range(function, options, "weight_decay", 0.0, math.inf, open_above=True)
+    check_range(function, options, "caution", 0.0, math.inf, open_above=True)
+    for name in ("max_epochs", "patience", "batch_size"):
+        check_range(function, options, name, 1, math.inf, open_above=True)
     for width in options["hidden"]:
         if not isinstance(width, int) or width < 1:
-            raise ValueError(f"fit_discriminator: hidden must hold positive integers, got {options['hidden']}")
+            raise ValueError(f"{function}: hidden must hold positive integers, got {options['hidden']}")
 
 
-def _check_range(
+def check_range(
+    function: str,
     options: dict[str, Any],
     name: str,
     low: float,
@@ -292,11 +303,12 @@ def _check_range(
     open_below: bool = False,
     open_above: bool = False,
 ) -> None:
+    """``options[name]`` is a number in the range; a TypeError or ValueError says what is allowed."""
     value = options[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"fit_discriminator: {name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     above = value > low if open_below else value >= low
     below = value < high if open_above else value <= high
     if not (above and below):
         left, right = "(" if open_below else "[", ")" if open_above else "]"
-        raise ValueError(f"fit_discriminator: {name} must be in {left}{low:g}, {high:g}{right}, got {value}")
+        raise ValueError(f"{function}: {name} must be in {left}{low:g}, {high:g}{right}, got {value}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +14,13 @@ from torch import Tensor, nn
 from .density_ratio import density_ratio
 from .divergence import parse_divergence
 from .guidance import guidance_factor
+from .network_checks import refuse_probabilities, refuse_probability_layer, warn_of_training, warn_of_unit_interval
 
 Level = float | Tensor
 PerSample = float | Tensor | Callable[[Tensor], Tensor]
 
 # What guided_step takes beside a state of another dtype; any other gradient is converted to the state's.
 _TAKEN_AS_IT_IS = {torch.float64: (torch.float32,), torch.float32: (torch.float16, torch.bfloat16)}
-# Autograd's names of what makes probabilities, and of what leaves them probabilities.
-_PROBABILITIES = ("SigmoidBackward0", "SoftmaxBackward0")
-_RESHAPING = ("View", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Alias", "ToCopy", "Clamp", "Clone")
-_ENOUGH_TO_TELL = 16
 
 
 @dataclass(frozen=True)
@@ -142,11 +138,8 @@ class Guide:
         self.check = check
         self.calls = 0
         self._first_bad: Tensor | None = None  # the noise level of the first NaN, on the device; +inf for none
-        last: Any = discriminator
-        while isinstance(last, nn.Sequential) and len(last):
-            last = last[-1]
-        if check and self.kind == "logit" and isinstance(last, (nn.Sigmoid, nn.Softmax)):
-            raise _probabilities(f"ends in {type(last).__name__}")
+        if check and self.kind == "logit":
+            refuse_probability_layer("Guide", discriminator)
 
     def _range(self, low: float | None, high: float | None) -> tuple[float, float]:
         trained_low = getattr(self.discriminator, "sigma_min", None)
@@ -306,8 +299,8 @@ class Guide:
         return h.reshape(batch)
 
     def _differentiate(self, state: Tensor, time: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        if self.calls == 0 and isinstance(self.discriminator, nn.Module):
-            _warn_of_training(self.discriminator)
+        if self.calls == 0:
+            warn_of_training("Guide", "discriminator", self.discriminator, stacklevel=4)
         try:
             h = self._output(state, time, extra)
         except RuntimeError as error:
@@ -317,8 +310,8 @@ class Guide:
                 "Guide: discriminator holds tensors made under inference_mode, which have no gradients; make or load "
                 "it outside"
             ) from error
-        if self.check and self.calls == 0 and self.kind == "logit" and (made := _made_by(h)) in _PROBABILITIES:
-            raise _probabilities(f"returns a {made.removesuffix('Backward0').lower()}")
+        if self.check and self.calls == 0 and self.kind == "logit":
+            refuse_probabilities("Guide", h)
         gradient = None
         if h.requires_grad:
             (gradient,) = torch.autograd.grad(h, state, torch.ones_like(h), allow_unused=True)
@@ -336,15 +329,9 @@ class Guide:
         self._first_bad = first if self._first_bad is None else torch.minimum(first, self._first_bad)
         if h.device.type == "cpu":
             self.finish()
-        if self.calls == 0 and self.kind == "logit" and h.numel() >= _ENOUGH_TO_TELL:
-            if h.is_cuda and torch.cuda.is_current_stream_capturing():
-                return
-            if bool(((h > 0) & (h < 1)).all()) and float(h.mean()) > 0.1:
-                warnings.warn(
-                    f"Guide: all {h.numel()} outputs of the discriminator are between 0 and 1; are they probabilities? "
-                    "Logits are needed",
-                    stacklevel=4,
-                )
+        capturing = h.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.calls == 0 and self.kind == "logit" and not capturing:
+            warn_of_unit_interval("Guide", h, stacklevel=4)
 
 
 def _at(value: PerSample, level: Tensor) -> Level:
@@ -378,34 +365,3 @@ def _dtype(discriminator: Callable[..., Tensor]) -> torch.dtype | None:
 
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _made_by(h: Tensor) -> str:
-    """The name of the operation that computed the values, behind those that only reshape or convert them."""
-    node = h.grad_fn
-    while node is not None and node.name().startswith(_RESHAPING) and node.next_functions:
-        node = node.next_functions[0][0]
-    return "" if node is None else node.name()
-
-
-def _probabilities(found: str) -> ValueError:
-    return ValueError(
-        f"Guide: discriminator {found}: these are probabilities, logits are needed: the output before that layer, "
-        "or torch.logit of it, clipped as you choose (check=False if they are logits)"
-    )
-
-
-def _noisy(module: nn.Module) -> Iterator[str]:
-    for m in module.modules():
-        if m.training and isinstance(m, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
-            yield type(m).__name__
-
-
-def _warn_of_training(module: nn.Module) -> None:
-    found = next(_noisy(module), None)
-    if found is not None:
-        warnings.warn(
-            f"Guide: discriminator is in training mode and has {found}, which makes its output random or dependent on "
-            "the batch; call its eval()",
-            stacklevel=5,
-        )

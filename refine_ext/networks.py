@@ -155,7 +155,7 @@ def evaluate_features(features: Features, x: Tensor) -> Tensor:
     return phi
 
 
-def batch_output(network: nn.Module, x: Tensor) -> Tensor:
+def batch_output(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The network's ``[n]`` outputs for a batch; ``[n, 1]`` is squeezed.
 
     Raises:

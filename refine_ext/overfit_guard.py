@@ -24,8 +24,9 @@ def refinement_gain(log_ratio_real: Tensor, log_ratio_fake: Tensor, temperature:
     ``E_real[log q_tau / q]`` for the refined density ``q_tau = q r^tau / E_q r^tau``.
 
     Args:
-        log_ratio_real: ``[n]`` log-ratios of real samples the discriminator never saw.
-        log_ratio_fake: ``[m]`` log-ratios of such generated samples.
+        log_ratio_real: ``[n]`` log-ratios of real samples the discriminator never saw; or ``[levels, n]``, of the same
+            samples at several noise levels, over which the gain is then averaged.
+        log_ratio_fake: ``[m]`` or ``[levels, m]`` log-ratios of such generated samples.
         temperature: ``tau`` in [0, 1].
 
     Returns:
@@ -40,10 +41,12 @@ def refinement_gain(log_ratio_real: Tensor, log_ratio_fake: Tensor, temperature:
         return 0.0, 0.0
     real = temperature * log_ratio_real.detach().double()
     fake = temperature * log_ratio_fake.detach().double()
-    normalizer = torch.logsumexp(fake, 0) - math.log(fake.numel())
+    normalizer = torch.logsumexp(fake, -1, keepdim=True) - math.log(fake.shape[-1])
     ratio = torch.exp(fake - normalizer)
-    gain = real.mean() - normalizer
-    variance = real.var() / real.numel() + ratio.var() / ratio.numel()
+    gain = real.mean() - normalizer.mean()
+    # A sample's levels are not independent: their average is one observation.
+    per_real, per_fake = (x.reshape(-1, x.shape[-1]).mean(0) for x in (real, ratio))
+    variance = per_real.var() / per_real.numel() + per_fake.var() / per_fake.numel()
     return float(gain), float(variance.sqrt())
 
 
@@ -55,7 +58,7 @@ def choose_temperature(
     ``tau = 0`` leaves the model as it is (bound 0), so the chosen bound is never negative.
 
     Args:
-        log_ratio_real, log_ratio_fake: ``[n]`` and ``[m]`` held-out log-ratios.
+        log_ratio_real, log_ratio_fake: held-out log-ratios, as in :func:`refinement_gain`.
         caution: how many standard errors to subtract.
         resolution: the number of equal steps between 0 and 1.
 

@@ -103,37 +103,40 @@ def outputs(network: nn.Module, x: Tensor, device: torch.device, batch_size: int
 
 def train_network(
     network: nn.Module,
-    parts_real: Parts,
-    parts_fake: Parts,
+    counts: tuple[int, int],
     *,
+    batch: Callable[[Tensor, Tensor], Tensor],
+    heldout: Callable[[], tuple[Tensor, Tensor]],
     objective: Objective,
     schedule: Schedule,
     generator: torch.Generator,
-    device: torch.device,
     progress: Callable[[float, float], None],
+    function: str = "fit_discriminator",
 ) -> Trained:
     """Train in place and leave the weights of the best held-out epoch in the network.
 
     Batches hold as many real as generated samples; the smaller set is gone through repeatedly.
 
+    Args:
+        counts: how many real and generated samples there are to train on.
+        batch: from rows of both, ``[k]`` each, to the network's ``[2 k]`` outputs on them, real ones first.
+        heldout: the outputs on held-out real and generated samples, in evaluation mode and without gradients.
+
     Raises:
         ValueError: no epoch had a finite held-out objective.
     """
-    real, fake = parts_real.train, parts_fake.train
     optimiser = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    size = min(schedule.batch_size, len(real), len(fake))
-    length = max(len(real), len(fake)) // size
+    size = min(schedule.batch_size, *counts)
+    length = max(counts) // size
     best = Trained(epochs=0, best_epoch=0, bound=-math.inf)
     best_weights = copy.deepcopy(network.state_dict())
     diverged, separated = False, 0
     for epoch in range(1, schedule.max_epochs + 1):
         network.train()
-        order_real = _order(len(real), length * size, generator)
-        order_fake = _order(len(fake), length * size, generator)
+        order_real = _order(counts[0], length * size, generator)
+        order_fake = _order(counts[1], length * size, generator)
         for start in range(0, length * size, size):
-            batch_real = real[order_real[start : start + size]].to(device)
-            batch_fake = fake[order_fake[start : start + size]].to(device)
-            both = batch_output(network, torch.cat([batch_real, batch_fake]))
+            both = batch(order_real[start : start + size], order_fake[start : start + size])
             if not bool(both.isfinite().all()):
                 diverged = True
                 break
@@ -141,8 +144,8 @@ def train_network(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-        stop_real = outputs(network, parts_real.stop, device, 4 * size)
-        stop_fake = outputs(network, parts_fake.stop, device, 4 * size)
+        network.eval()
+        stop_real, stop_fake = heldout()
         bound = objective.heldout(stop_real, stop_fake)
         best.epochs = epoch
         if math.isfinite(bound) and bound > best.bound:
@@ -155,7 +158,7 @@ def train_network(
             break
     if best.bound == -math.inf:
         raise ValueError(
-            "fit_discriminator: training diverged, no epoch had a finite held-out objective; "
+            f"{function}: training diverged, no epoch had a finite held-out objective; "
             f"lower learning_rate ({schedule.learning_rate:g}) or use objective='logistic'"
         )
     network.load_state_dict(best_weights)

@@ -183,7 +183,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("refine_ext.discriminator.save_file", full)
+    monkeypatch.setattr("refine_ext.discriminator_file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         disc.save(path)
     assert path.read_bytes() == old

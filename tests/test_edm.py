@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import refine_ext as rx
-from refine_ext.guidance import guided_step, philox_normal
 
 # Both sides are float64: a step is a few operations on numbers up to sigma_max = 80, so 80 * 2^-52 off, damped later.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -51,7 +50,6 @@ def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def logit(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Positive for some samples and negative for others, at every level."""
     x = x / column(1 + sigma**2).sqrt()
     return 4 * torch.sin(3 * x).mean((1, 2, 3)) + x[:, 0].square().mean((1, 2)) - 1
 
@@ -125,19 +123,23 @@ def test_a_network_with_levels_of_its_own():
 @pytest.mark.parametrize("weights", [(2.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.5)])
 @pytest.mark.parametrize("boosting", [False, True])
 def test_published_guidance_in_logit_space(boosting, weights, churn, window):
+    def ratio(x, sigma):
+        """Below 0 for the first sample, above for the last, at every level."""
+        return logit(x, sigma) + torch.linspace(-6, 6, len(x))
+
     w1, w2 = weights
     rules = {"w1": w1, "w2": w2, "churn": churn, "low": window[0], "high": window[1]}
-    want = guided(denoiser, logit, images(12), levels(12), Stream(), boosting=boosting, **rules)
+    want = guided(denoiser, ratio, images(), levels(12), Stream(), boosting=boosting, **rules)
     options = {"num_steps": 12, "S_churn": churn, "weight": w1, "weight_2nd": w2, "boosting": boosting}
-    guide = rx.Guide(logit, sigma_min=window[0], sigma_max=window[1])
-    got = rx.sample_edm(denoiser, images(12), randn_like=Stream(), discriminator=guide, **options)
+    guide = rx.Guide(ratio, sigma_min=window[0], sigma_max=window[1])
+    got = rx.sample_edm(denoiser, images(), randn_like=Stream(), discriminator=guide, **options)
     torch.testing.assert_close(got, want, **EXACT)
-    plain = guided(denoiser, logit, images(12), levels(12), Stream(), w1=0.0, w2=0.0, churn=churn)
+    plain = guided(denoiser, logit, images(), levels(12), Stream(), w1=0.0, w2=0.0, churn=churn)
     assert (got - plain).abs().amax((1, 2, 3)).min() > 1e-3, "guidance that does nothing proves nothing"
     if boosting and w1:
-        usual = guided(denoiser, logit, images(12), levels(12), Stream(), **rules)
-        changed = (got - usual).abs().amax((1, 2, 3)) > 1e-6
-        assert changed.any() and not changed.all(), "boosting is for some samples, and not for others"
+        usual = guided(denoiser, ratio, images(), levels(12), Stream(), **rules)
+        changed = (got - usual).abs().amax((1, 2, 3))
+        assert changed[0] > 1e-3 and changed[-1] < 1e-11, "boosting is for some samples, and not for others"
 
 
 def test_boosting_of_a_variational_output():
@@ -219,11 +221,11 @@ def test_weights_per_sample_and_of_the_guide():
 
 def test_the_seed_is_philox_number_i_plus_1_and_0_is_left_for_the_start():
     seed = 5
-    start = philox_normal((4, 3, 4, 4), seed, dtype=torch.float64)
+    start = rx.philox_normal((4, 3, 4, 4), seed, dtype=torch.float64)
     numbers = iter(range(1, 100))
 
     def injected(x):
-        return philox_normal(x.shape, seed, step=next(numbers), dtype=torch.float64)
+        return rx.philox_normal(x.shape, seed, step=next(numbers), dtype=torch.float64)
 
     options = {"num_steps": 8, "S_churn": 4.0, "discriminator": logit}
     want = rx.sample_edm(denoiser, start, randn_like=injected, **options)
@@ -393,17 +395,17 @@ def test_a_whole_guided_step_compiles_into_one_graph(backend):
         denoised = net(x, sigma)
         output = guide(x, sigma)
         factor = guide.factor(output.h, sigma)
-        return guided_step(x, [denoised, output.gradient], coefficients, factor=factor, seed=seeds, step=1)
+        return rx.guided_step(x, [denoised, output.gradient], coefficients, factor=factor, seed=seeds, step=1)
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
-    counter = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.utils.counters.clear()
     for level in (5.0, 1.0, 60.0):
         x, seeds = torch.randn(6, 4), torch.arange(6)
         sigma = torch.full((6,), level)
         row = torch.tensor([0.8, 0.2, 0.2 * level**2, 0.1], dtype=torch.float64)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x, sigma, row, seeds), step(x, sigma, row, seeds), rtol=1e-5, atol=1e-5)
-    assert counter["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_whole_trajectory_compiles_into_one_graph():
@@ -450,7 +452,7 @@ def test_a_whole_guided_trajectory_as_a_cuda_graph():
         graph.replay()
         results.append(captured.clone())
         guide.finish()
-        # the same kernels in the same order; the compiled network's launch may differ by fusion of nothing else
+        # The same kernels in the same order; matrix products may take another algorithm in a graph: a few roundings.
         torch.testing.assert_close(results[-1], run(), rtol=1e-5, atol=1e-5)
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
 

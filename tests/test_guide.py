@@ -12,7 +12,6 @@ from edm_reference import dual_output
 from torch import nn
 
 import refine_ext as rx
-from refine_ext.guidance import guided_step
 
 MODES = {
     "plain": nullcontext,
@@ -96,7 +95,7 @@ def test_dtypes_of_state_and_discriminator(state, inside):
         torch.testing.assert_close(result.h.double(), h, **close)
         torch.testing.assert_close(result.gradient.double(), gradient / alpha, **close)
         assert result.h.dtype == inside
-        guided_step(x, [result.gradient], [1.0, 0.1], factor=guide.factor(result.h, 0.7, alpha=alpha))
+        rx.guided_step(x, [result.gradient], [1.0, 0.1], factor=guide.factor(result.h, 0.7, alpha=alpha))
 
 
 def test_dtype_can_be_asked_for():
@@ -176,7 +175,7 @@ def test_pure_noise_gets_no_guidance():
     result = guide(x, 1.0, alpha=alpha)
     for parametrization in ("score", "noise", "denoised", "velocity"):
         factor = guide.factor(result.h, 1.0, alpha=alpha, parametrization=parametrization)
-        moved = guided_step(x, [result.gradient], [1.0, 1.0], factor=factor)
+        moved = rx.guided_step(x, [result.gradient], [1.0, 1.0], factor=factor)
         assert factor[0] == 0 and factor[1:].abs().min() > 0 and moved.isfinite().all()
         assert torch.equal(moved[0], x[0])
 
@@ -215,7 +214,7 @@ def test_images_in_channels_last():
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     want, got = guide(x, 1.0), guide(x.to(memory_format=torch.channels_last), 1.0)
     torch.testing.assert_close(got.gradient, want.gradient, rtol=1e-12, atol=1e-14)
-    moved = guided_step(x, [got.gradient], [1.0, 0.5], factor=guide.factor(got.h, 1.0))
+    moved = rx.guided_step(x, [got.gradient], [1.0, 0.5], factor=guide.factor(got.h, 1.0))
     torch.testing.assert_close(moved, x + 0.5 * want.gradient, rtol=1e-12, atol=1e-12)
 
 
@@ -341,7 +340,7 @@ def test_nan_outside_the_range_is_nobodys_concern():
         rx.Guide(broken_at_high_noise)(x, sigma)
     guide = rx.Guide(broken_at_high_noise, sigma_max=10.0)
     result = guide(x, sigma)
-    moved = guided_step(x, [result.gradient], [1.0, 1.0], factor=guide.factor(result.h, sigma))
+    moved = rx.guided_step(x, [result.gradient], [1.0, 1.0], factor=guide.factor(result.h, sigma))
     assert moved.isfinite().all() and torch.equal(moved[1], x[1])
 
 
