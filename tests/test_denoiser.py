@@ -230,6 +230,23 @@ def test_in_edms_sampler():
     )
 
 
+def test_a_fitted_discriminator_is_taken_as_it_is():
+    """Its gradient in its own range of levels, nothing outside; half of it at half the weight."""
+    fake = torch.randn(80, 2)
+    discriminator = rx.fit_diffusion_discriminator(
+        fake + 1, fake, sigma_min=0.1, sigma_max=5.0, max_epochs=2, hidden=(8,), progress=False
+    ).eval()
+    discriminator.temperature.fill_(1.0)
+    x, sigma = torch.randn(4, 2), torch.tensor([0.05, 0.5, 2.0, 6.0])
+    state = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(state, sigma).sum(), state)
+    inside = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    want = x / 2 + (0.5 * inside * sigma**2)[:, None] * gradient
+    refined = rx.RefinedDenoiser(Half(), discriminator, weight=0.5)
+    torch.testing.assert_close(refined(x, sigma), want, rtol=1e-5, atol=1e-6)
+    assert gradient.abs().min() > 0
+
+
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("latent_scale", [1.0, 0.18])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

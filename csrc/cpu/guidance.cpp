@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kChunk = 128 * kStepBlock;  // elements of one task
 // Below this waking a thread costs more than it saves.
-constexpr int64_t kGrain = 32768, kGrainNoisy = 16384;
+constexpr int64_t kGrain = 32768, kGrainNoisy = 16384, kGrainShort = 8192;
 constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs beyond this do not stay in cache anyway
 constexpr uintptr_t kVectorAlignment = 64;
 
@@ -52,11 +52,32 @@ bool reads_output(const GuidedStepProblem& problem) {
   return found;
 }
 
+bool contiguous(const GuidedStepProblem& problem) {
+  bool found = problem.rows == 1 || problem.x.stride == problem.n;
+  for (int k = 0; k < problem.terms; ++k) {
+    found = found && (problem.rows == 1 || problem.term[k].stride == problem.n);
+  }
+  return found;
+}
+
 }  // namespace
 
-void guided_step_cpu(const GuidedStepProblem& problem) {
-  if (problem.rows == 0 || problem.n == 0) return;
+void guided_step_cpu(const GuidedStepProblem& given) {
+  if (given.rows == 0 || given.n == 0) return;
   const auto& kernels = guidance_kernels_table();
+  GuidedStepProblem problem = given;
+  if (contiguous(problem)) {
+    if (!problem.noisy && !problem.factor && problem.table_stride == 0) {
+      // Nothing tells the samples apart.
+      problem.n *= problem.rows;
+      problem.rows = 1;
+    } else if (problem.n <= kShortSample) {
+      const int64_t grain = std::max<int64_t>(1, kGrainShort / problem.n);
+      parallel_for(0, problem.rows, grain,
+                   [&](int64_t first, int64_t last) { kernels.short_samples(problem, first, last); });
+      return;
+    }
+  }
   const int64_t width = size_of(problem.x.storage);
   const bool large = problem.rows * problem.n * width > kStreamBytes && !reads_output(problem);
   const int64_t chunks = (problem.n + kChunk - 1) / kChunk;

@@ -28,8 +28,13 @@ struct StepRange {
 };
 inline constexpr int64_t kStepBlock = 64;
 
+// Samples of up to so many elements, contiguous in every tensor, are stepped side by side.
+inline constexpr int64_t kShortSample = 32;
+
 struct GuidanceKernels {
   void (*step)(const StepRange&);
+  // Samples [first, last) of at most kShortSample elements.
+  void (*short_samples)(const GuidedStepProblem&, int64_t first, int64_t last);
 };
 
 void guided_step_cpu(const GuidedStepProblem&);

@@ -113,9 +113,83 @@ void step(const StepRange& range) {
   });
 }
 
+// S lanes of a tensor from element `at` on, of which `count` are there.
+template <class S, class T>
+REFINE_EXT_INLINE Vec<S> load_part(const void* data, int64_t at, int64_t count) {
+  const T* p = static_cast<const T*>(data) + at;
+  if (count >= Vec<S>::kWidth) return load_as<S>(p);
+  T lanes[2 * Vec<S>::kWidth] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load_as<S>(lanes);
+}
+
+template <class S>
+REFINE_EXT_INLINE Vec<S> load_tensor(const StepTensor& tensor, int64_t at, int64_t count) {
+  if constexpr (sizeof(S) == 8) {
+    return tensor.storage == Storage::float64 ? load_part<S, double>(tensor.data, at, count)
+                                              : load_part<S, float>(tensor.data, at, count);
+  } else {
+    if (tensor.storage == Storage::float16) return load_part<S, Half>(tensor.data, at, count);
+    if (tensor.storage == Storage::bfloat16) return load_part<S, BFloat16>(tensor.data, at, count);
+    return load_part<S, float>(tensor.data, at, count);
+  }
+}
+
+// The elements of several samples in one vector, with the coefficients of each spelled out.
+template <class T>
+void step_short_samples(const GuidedStepProblem& problem, int64_t first, int64_t last) {
+  using S = typename ComputeOf<T>::type;
+  using V = Vec<S>;
+  constexpr int kWidth = V::kWidth;
+  constexpr int64_t kElements = 256;
+  alignas(64) S coefficients[kMostTerms + 2][kElements + kWidth] = {};
+  alignas(64) S z[kElements + 4 * kWidth] = {};
+  const int64_t n = problem.n, blocks = (n + 3) / 4, group = kElements / (4 * blocks);
+  const int columns = problem.terms + (problem.noisy ? 2 : 1);
+  T* out = static_cast<T*>(problem.out);
+  const V zero = V::splat(0);
+  for (int64_t row = first; row < last; row += group) {
+    const int64_t samples = std::min(group, last - row), elements = samples * n;
+    for (int64_t b = 0; b < samples; ++b) {
+      for (int k = 0; k < columns; ++k) {
+        const S coefficient = static_cast<S>(problem.coefficient(row + b, k));
+        for (int64_t e = 0; e < n; ++e) coefficients[k][b * n + e] = coefficient;
+      }
+    }
+    if (problem.noisy) {
+      normals_of_samples<S>(samples, blocks, [&](int64_t b) { return problem.noise(row + b); }, z);
+      for (int64_t b = 1; b < samples && n % 4 != 0; ++b) {
+        for (int64_t e = 0; e < n; ++e) z[b * n + e] = z[b * 4 * blocks + e];
+      }
+    }
+    for (int64_t at = 0; at < elements; at += kWidth) {
+      const int64_t count = std::min<int64_t>(kWidth, elements - at), place = row * n + at;
+      V sum = zero;
+      for (int k = 0; k < columns; ++k) {
+        const V c = V::load(coefficients[k] + at);
+        const V u = k > problem.terms
+                        ? V::load(z + at)
+                        : load_tensor<S>(k == 0 ? problem.x : problem.term[k - 1], place, count);
+        sum = select(c == zero, sum, c * u + sum);
+      }
+      if (count == kWidth) {
+        store_as<S>(out + place, sum);
+      } else {
+        T lanes[2 * kWidth];
+        store_as<S>(lanes, sum);
+        std::memcpy(out + place, lanes, static_cast<size_t>(count) * sizeof(T));
+      }
+    }
+  }
+}
+
+void short_samples(const GuidedStepProblem& problem, int64_t first, int64_t last) {
+  with_storage(problem.x.storage, [&](auto tag) { step_short_samples<decltype(tag)>(problem, first, last); });
+}
+
 }  // namespace
 
 extern const GuidanceKernels guidance_kernels;
-const GuidanceKernels guidance_kernels = {step};
+const GuidanceKernels guidance_kernels = {step, short_samples};
 
 }  // namespace refine_ext::REFINE_EXT_ISA

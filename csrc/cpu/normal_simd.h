@@ -2,6 +2,8 @@
 // instruction set.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "../math/normal.h"
@@ -95,7 +97,60 @@ constexpr auto zipped(std::integer_sequence<int, kLane...>) {
   return std::integer_sequence<int, (kLane / 2 + kHigh * kWidth / 2 + (kLane % 2 ? kWidth : 0))...>{};
 }
 
-// A sequence with the keys of all rounds, which a loop would otherwise make again for every block.
+// Which of the blocks of 4 vectors of numbers is where: vectors of words have a lane for each, 64 bits wide.
+template <class S>
+struct BlockOrder;
+template <>
+struct BlockOrder<double> {
+  static constexpr int kParts = 1;
+  static constexpr int block(int, int lane) { return lane; }
+};
+// Transposing 4 by 4 within groups of 4 lanes puts blocks 4 g + c of lanes 4 g + c into vector c; packing two
+// vectors of words takes even lanes from the one and odd ones from the other.
+template <>
+struct BlockOrder<float> {
+  static constexpr int kParts = 2, kGroups = Vec<float>::kWidth / 4;
+  static constexpr int block(int part, int lane) {
+    return lane / 2 + lane % 2 * 2 * kGroups + part * kGroups;
+  }
+};
+
+// The numbers of as many blocks as a vector has lanes, in order.
+REFINE_EXT_INLINE void normals_of(const PhiloxBlock<Lanes> (&words)[2], Vec<float> (&z)[4]) {
+  using V = Vec<float>;
+  using Order = std::make_integer_sequence<int, V::kWidth>;
+  const auto pack = [&](int i) {
+    return (Unsigned)((words[0].word[i].v & 0xffffffffu) | words[1].word[i].v << 32);
+  };
+  const NormalPair<V> p = normal_pair<V>(pack(0), pack(1)), q = normal_pair<V>(pack(2), pack(3));
+  typedef V::Native N;
+  const N low01 = shuffle(p.cosine.v, p.sine.v, interleaved<0>(Order{}));
+  const N high01 = shuffle(p.cosine.v, p.sine.v, interleaved<1>(Order{}));
+  const N low23 = shuffle(q.cosine.v, q.sine.v, interleaved<0>(Order{}));
+  const N high23 = shuffle(q.cosine.v, q.sine.v, interleaved<1>(Order{}));
+  z[0].v = shuffle(low01, low23, paired<0>(Order{}));
+  z[1].v = shuffle(low01, low23, paired<1>(Order{}));
+  z[2].v = shuffle(high01, high23, paired<0>(Order{}));
+  z[3].v = shuffle(high01, high23, paired<1>(Order{}));
+}
+
+REFINE_EXT_INLINE void normals_of(const PhiloxBlock<Lanes> (&words)[1], Vec<double> (&z)[4]) {
+  using V = Vec<double>;
+  using Order = std::make_integer_sequence<int, V::kWidth>;
+  const auto word = [&](int i) { return words[0].word[i].v; };
+  const NormalPair<V> p = normal_pair<V>(word(0), word(1)), q = normal_pair<V>(word(2), word(3));
+  typedef V::Native N;
+  const N low01 = shuffle(p.cosine.v, p.sine.v, zipped<0>(Order{}));
+  const N high01 = shuffle(p.cosine.v, p.sine.v, zipped<1>(Order{}));
+  const N low23 = shuffle(q.cosine.v, q.sine.v, zipped<0>(Order{}));
+  const N high23 = shuffle(q.cosine.v, q.sine.v, zipped<1>(Order{}));
+  z[0].v = shuffle(low01, low23, joined<0>(Order{}));
+  z[1].v = shuffle(low01, low23, joined<1>(Order{}));
+  z[2].v = shuffle(high01, high23, joined<0>(Order{}));
+  z[3].v = shuffle(high01, high23, joined<1>(Order{}));
+}
+
+// One sample's numbers, with the keys of all rounds, which a loop would otherwise make again for every block.
 class NoiseLanes {
  public:
   REFINE_EXT_INLINE explicit NoiseLanes(const NoiseSequence& sequence)
@@ -109,46 +164,18 @@ class NoiseLanes {
     }
   }
 
-  // The numbers of blocks [first, first + kWidth), in order.
-  REFINE_EXT_INLINE void normals(uint32_t first, Vec<float> (&z)[4]) const {
-    using V = Vec<float>;
-    constexpr int kWidth = V::kWidth, kGroups = kWidth / 4;
-    using Order = std::make_integer_sequence<int, kWidth>;
-    // Transposing 4 by 4 within groups of 4 lanes puts block 4 g + c of the lanes below into vector c;
-    // packing two vectors of words takes even lanes from the one and odd ones from the other.
-    Lanes::Native lane;
-    for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l / 2 + l % 2 * 2 * kGroups);
-    const PhiloxBlock<Lanes> a = blocks({lane + first}), b = blocks({lane + (first + kGroups)});
-    const auto pack = [&](int i) { return (Unsigned)((a.word[i].v & 0xffffffffu) | b.word[i].v << 32); };
-    const NormalPair<V> p = normal_pair<V>(pack(0), pack(1)), q = normal_pair<V>(pack(2), pack(3));
-    typedef V::Native N;
-    const N low01 = shuffle(p.cosine.v, p.sine.v, interleaved<0>(Order{}));
-    const N high01 = shuffle(p.cosine.v, p.sine.v, interleaved<1>(Order{}));
-    const N low23 = shuffle(q.cosine.v, q.sine.v, interleaved<0>(Order{}));
-    const N high23 = shuffle(q.cosine.v, q.sine.v, interleaved<1>(Order{}));
-    z[0].v = shuffle(low01, low23, paired<0>(Order{}));
-    z[1].v = shuffle(low01, low23, paired<1>(Order{}));
-    z[2].v = shuffle(high01, high23, paired<0>(Order{}));
-    z[3].v = shuffle(high01, high23, paired<1>(Order{}));
-  }
-
-  REFINE_EXT_INLINE void normals(uint32_t first, Vec<double> (&z)[4]) const {
-    using V = Vec<double>;
-    using Order = std::make_integer_sequence<int, V::kWidth>;
-    Lanes::Native lane;
-    for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(l);
-    const PhiloxBlock<Lanes> a = blocks({lane + first});
-    const NormalPair<V> p = normal_pair<V>(a.word[0].v, a.word[1].v);
-    const NormalPair<V> q = normal_pair<V>(a.word[2].v, a.word[3].v);
-    typedef V::Native N;
-    const N low01 = shuffle(p.cosine.v, p.sine.v, zipped<0>(Order{}));
-    const N high01 = shuffle(p.cosine.v, p.sine.v, zipped<1>(Order{}));
-    const N low23 = shuffle(q.cosine.v, q.sine.v, zipped<0>(Order{}));
-    const N high23 = shuffle(q.cosine.v, q.sine.v, zipped<1>(Order{}));
-    z[0].v = shuffle(low01, low23, joined<0>(Order{}));
-    z[1].v = shuffle(low01, low23, joined<1>(Order{}));
-    z[2].v = shuffle(high01, high23, joined<0>(Order{}));
-    z[3].v = shuffle(high01, high23, joined<1>(Order{}));
+  // The numbers of blocks [first, first + kWidth).
+  template <class S>
+  REFINE_EXT_INLINE void normals(uint32_t first, Vec<S> (&z)[4]) const {
+    using Order = BlockOrder<S>;
+    PhiloxBlock<Lanes> words[Order::kParts];
+#pragma GCC unroll 2
+    for (int part = 0; part < Order::kParts; ++part) {
+      Lanes::Native lane;
+      for (int l = 0; l < Lanes::kWidth; ++l) lane[l] = static_cast<uint64_t>(Order::block(part, l));
+      words[part] = blocks({lane + first});
+    }
+    normals_of(words, z);
   }
 
  private:
@@ -165,6 +192,41 @@ class NoiseLanes {
   uint64_t step_, third_, fourth_;
   uint64_t key_[kPhiloxRounds][2];  // as wide as a lane, so that one instruction loads and spreads them
 };
+
+// Short samples' numbers, a sample's blocks after each other: sequence(b) is that of sample b. Writes whole
+// vectors, and so up to 4 kWidth numbers too many.
+template <class S, class F>
+REFINE_EXT_INLINE void normals_of_samples(int64_t samples, int64_t blocks_each, F&& sequence, S* out) {
+  using Order = BlockOrder<S>;
+  const int64_t total = samples * blocks_each;
+  for (int64_t first = 0; first < total; first += Vec<S>::kWidth) {
+    PhiloxBlock<Lanes> words[Order::kParts];
+    for (int part = 0; part < Order::kParts; ++part) {
+      PhiloxBlock<Lanes> counter;
+      Lanes key0, key1;
+      for (int l = 0; l < Lanes::kWidth; ++l) {
+        const int64_t at = std::min(first + Order::block(part, l), total - 1), b = at / blocks_each;
+        const NoiseSequence own = sequence(b);
+        counter.word[0].v[l] = static_cast<uint64_t>(at - b * blocks_each);
+        counter.word[1].v[l] = own.step;
+        counter.word[2].v[l] = own.third_word();
+        counter.word[3].v[l] = own.fourth_word();
+        key0.v[l] = own.seed & 0xffffffffu;
+        key1.v[l] = own.seed >> 32;
+      }
+#pragma GCC unroll 10
+      for (int round = 0; round < kPhiloxRounds; ++round) {
+        counter = philox_round(counter, key0, key1);
+        key0.v += uint64_t{kPhiloxWeyl0};
+        key1.v += uint64_t{kPhiloxWeyl1};
+      }
+      words[part] = counter;
+    }
+    Vec<S> z[4];
+    normals_of(words, z);
+    for (int j = 0; j < 4; ++j) z[j].store(out + 4 * first + j * Vec<S>::kWidth);
+  }
+}
 
 }  // namespace REFINE_EXT_ISA
 }  // namespace refine_ext

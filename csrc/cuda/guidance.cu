@@ -6,7 +6,7 @@
 namespace refine_ext::cuda {
 
 // A thread a sample: a batch is small beside the states that its factors are for.
-// budget: registers 64, occupancy 50%
+// budget: registers 40, occupancy 75%
 __global__ void __launch_bounds__(kStepThreads) guidance_factor_kernel(const GuidanceFactorProblem problem) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kStepThreads + static_cast<int>(threadIdx.x);
   if (row < problem.rows) problem.out[row] = refine_ext::guidance_factor(problem, row);

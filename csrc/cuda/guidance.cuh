@@ -1,9 +1,11 @@
 // Kernels of the guidance family: a sampler's update, read once and written once, its noise made between.
 //
-// At 4.3 TB/s an H200 moves the 16 bytes of a float32 element that is read three times in the time of about
-// 107 instructions of a thread, the 8 bytes of a bfloat16 one in that of 53. The noise takes some 40 of them:
-// 15 for a quarter of a Philox block (10 rounds of 2 wide products, 2 xors and 2 steps of the key), 20 for
-// half a Box-Muller pair.
+// In the time that an H200 takes to move a float32 element of x, two terms and the result at 85 % of its copy
+// bandwidth of 4.3 TB/s, 16 bytes, its schedulers issue about 107 instructions; 53 for bfloat16, 214 for
+// float64. With noise the kernels have 49, 49 and 116 of them, without 11, 14 and 11. Of the noise's, 15 are
+// a quarter of a Philox block, 19 half a Box-Muller pair.
+//
+// Normals in float32 are within 1e-6 max(1, |z|) of their definition, and of their pair's radius near zero.
 #pragma once
 
 #include "../math/guidance_problem.h"
@@ -86,8 +88,26 @@ struct Elements {
 // for what is left at a row's end, one Philox block at a time.
 //
 // A term whose coefficient is zero is not loaded.
-// budget: registers 64 (many 104, 16-bit 80, 16-bit many 128, float64 104, float64 many 152, float32 U=float16 120, float32 U=bfloat16 120, float32 many U=float16 168, float32 many U=bfloat16 168, noisy 64, noisy many 104, noisy 16-bit 80, noisy 16-bit many 128, noisy float64 104, noisy float64 many 152, noisy float64 U=float32 104, noisy many float64 U=float32 104, noisy float32 U=float16 120, noisy float32 U=bfloat16 120, noisy float32 many U=float16 168, noisy float32 many U=bfloat16 168), occupancy 50% (many 25%, 16-bit 37%, 16-bit many 25%, float64 25%, float64 many 12%, float32 U=float16 25%, float32 U=bfloat16 25%, float32 many U=float16 12%, float32 many U=bfloat16 12%, noisy 50%, noisy many 25%, noisy 16-bit 37%, noisy 16-bit many 25%, noisy float64 25%, noisy float64 many 12%, noisy float32 U=float16 25%, noisy float32 U=bfloat16 25%, noisy float32 many U=float16 12%, noisy float32 many U=bfloat16 12%), inputs 4 (many 8, float64 U=float32 5.5, float32 U=float16 5.5, float32 U=bfloat16 5.5, many float64 U=float32 11.5, many float32 U=float16 11.5, many float32 U=bfloat16 11.5), outputs 1
-//   instructions/sample 10 (many 20, 16-bit 14, 16-bit many 26, float64 11, float64 many 19, float64 U=float32 30, many float64 U=float32 60, float32 U=float16 22, float32 U=bfloat16 22, many float32 U=float16 43, many float32 U=bfloat16 43, noisy 50, noisy many 58, noisy 16-bit 50, noisy 16-bit many 62, noisy float64 123, noisy float64 many 132, noisy float64 U=float32 136, noisy many float64 U=float32 170, noisy float32 U=float16 58, noisy float32 U=bfloat16 58, noisy many float32 U=float16 79, noisy many float32 U=bfloat16 79), special/sample 0 (noisy 1.5, noisy float64 1), float64/sample 0 (float64 5, float64 many 9, float64 U=float32 10, float64 many U=float32 20, noisy float64 40, noisy float64 many 40, noisy float64 U=float32 40, noisy float64 many U=float32 40)
+// budget: registers 48 (many 96, 16-bit 56, 16-bit many 96, float64 88, float64 many 136, float32 U=float16
+//     80, float32 U=bfloat16 80, float32 many U=float16 128, float32 many U=bfloat16 128, noisy 64, noisy
+//     many 104, noisy 16-bit 80, noisy 16-bit many 128, noisy float64 104, noisy float64 many 152, noisy
+//     many float64 U=float32 160, noisy float32 U=float16 128, noisy float32 U=bfloat16 128, noisy float32
+//     many U=float16 168, noisy float32 many U=bfloat16 168), occupancy 62% (many 25%, 16-bit 50%, 16-bit
+//     many 25%, float64 25%, float64 many 12%, float32 U=float16 37%, float32 U=bfloat16 37%, float32 many
+//     U=float16 25%, float32 many U=bfloat16 25%, noisy 50%, noisy many 25%, noisy 16-bit 37%, noisy 16-bit
+//     many 25%, noisy float64 25%, noisy float64 many 12%, noisy float32 U=float16 25%, noisy float32
+//     U=bfloat16 25%, noisy float32 many U=float16 12%, noisy float32 many U=bfloat16 12%), inputs 4 (many
+//     8, float64 U=float32 5.5, float32 U=float16 5.5, float32 U=bfloat16 5.5, many float64 U=float32 11.5,
+//     many float32 U=float16 11.5, many float32 U=bfloat16 11.5), outputs 1,
+//   instructions/sample 11 (many 21, 16-bit 14, 16-bit many 27, float64 U=float32 28, many float64
+//     U=float32 57, float32 U=float16 19, float32 U=bfloat16 19, many float32 U=float16 40, many float32
+//     U=bfloat16 40, noisy 50, noisy many 59, noisy 16-bit many 62, noisy float64 119, noisy float64 many
+//     128, noisy float64 U=float32 134, noisy many float64 U=float32 166, noisy float32 U=float16 54, noisy
+//     float32 U=bfloat16 54, noisy many float32 U=float16 75, noisy many float32 U=bfloat16 75),
+//   special/sample 0 (noisy 1.5),
+//   float64/sample 0.5 (float64 5, float64 many 10, float64 U=float32 11, float64 many U=float32 24, noisy
+//     float64 38.3, noisy float64 many 44.3, noisy float64 U=float32 44.3, noisy float64 many U=float32
+//     58.3)
 template <class T, class U, bool kNoisy, bool kMany>
 __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, U, kMany>)
     guided_step_kernel(const GuidedStepProblem problem, const Layout layout) {
