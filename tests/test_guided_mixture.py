@@ -124,7 +124,7 @@ def test_the_truth_is_recovered_to_sampling_error():
 
 @pytest.mark.slow
 def test_a_trained_discriminator_closes_most_of_the_gap():
-    """Trained on samples alone. Over seeds the benchmark has 0.73 +- 0.04 of the KL; 0.5 is five standard errors less."""
+    """Trained on samples alone. Over seeds the benchmark has 0.73 +- 0.04; 0.5 is five standard errors less."""
     mixtures = problem(2)
     start = noise(mixtures, 1000)
 
