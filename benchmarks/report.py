@@ -325,7 +325,8 @@ def guided_mixture() -> str:
     facts = result["facts"]
     lines.append(
         f"\n{result['seeds']} seeds, mean ± standard error. With the exact ratio the outputs of every divergence "
-        f"guide alike: samples differ by at most {worst:.0e}. torch {facts['torch']}, commit {facts['commit']}, {facts['date']}."
+        f"guide alike: samples differ by at most {worst:.0e}. torch {facts['torch']}, commit {facts['commit']}, "
+        f"{facts['date']}."
     )
     return "\n".join(lines)
 
