@@ -305,6 +305,32 @@ def demo_latent() -> str:
     return "\n".join(lines)
 
 
+def guided_mixture() -> str:
+    result = _load("guided_mixture")
+    if result is None:
+        return ""
+    guides = ("none", "exact", "trained")
+    found = {(row["dimensions"], row["sampler"], row["guide"]): row for row in result["rows"]}
+    lines = [
+        "| dimensions, sampler | measure | unguided | exact ratio | trained ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for dimensions, sampler in dict.fromkeys(key[:2] for key in found if key[2] == "exact"):
+        for key, title in (("kl", "KL to the truth"), ("energy", "energy distance")):
+            values = [found[dimensions, sampler, guide].get(key) for guide in guides]
+            if all(values):
+                cells = " | ".join(map(_mean_and_error, values))
+                lines.append(f"| {dimensions}, {sampler} | {title} | {cells} |")
+    worst = max(max(rows.values()) for rows in result["largest_difference_by_divergence"].values())
+    facts = result["facts"]
+    lines.append(
+        f"\n{result['seeds']} seeds, mean ± standard error. With the exact ratio the outputs of every divergence "
+        f"guide alike: samples differ by at most {worst:.0e}. torch {facts['torch']}, commit {facts['commit']}, "
+        f"{facts['date']}."
+    )
+    return "\n".join(lines)
+
+
 TABLES = {
     "density_ratio": density_ratio,
     "resampling": resampling,
@@ -313,6 +339,7 @@ TABLES = {
     "demo_digits": demo_digits,
     "demo_diffusion": demo_diffusion,
     "demo_latent": demo_latent,
+    "guided_mixture": guided_mixture,
 }
 
 

@@ -90,7 +90,7 @@ def _step_backward(ctx: Any, grad: Tensor):
             grad_coefficients = grad_coefficients.sum(0)
         elif coefficients.shape[0] == 1:
             grad_coefficients = grad_coefficients.sum(0, keepdim=True)
-    none = None if ctx.scalars else []  # torch takes an empty list for one of tensors
+    none: list | None = None if ctx.scalars else []  # torch takes an empty list for one of tensors
     return grad_x, grad_terms, grad_coefficients, none, grad_factor, None, None, None, None
 
 

@@ -204,7 +204,9 @@ def draw(outcomes: list[Outcome]) -> Figure:
     parts: Any = figure.subfigures(3, 1, height_ratios=[1.15, 1.0, 0.9])
     panels = (("held_out", "held-out real digits", REAL), ("before", "generated", BEFORE), ("after", "guided", AFTER),
               ("doubled", "guided, w = 2", AFTER), ("longer", "trained twice as long", BEFORE))  # fmt: skip
-    for column, (name, title, colour) in zip(parts[0].subplots(1, len(panels)), panels, strict=True):
+    for column, (name, title, colour) in zip(
+        parts[0].subplots(1, len(panels), gridspec_kw={"wspace": 0.06}), panels, strict=True
+    ):
         column.set_title(title, color=colour, fontweight="bold")
         draw_grid(column, outcomes[0].images[name], 8, 8, (0.0, float(_LEVELS)))
     plural = "" if len(outcomes) == 1 else "s"
@@ -217,6 +219,7 @@ def draw(outcomes: list[Outcome]) -> Figure:
     for column, name in zip(parts[1].subplots(1, len(TITLES)), TITLES, strict=True):
         before, after, ideal = (_column(outcomes, which, name) for which in ("before", "after", "real"))
         draw_measure(column, name, before, after, float(np.mean(ideal)))
+        column.set_xticks([0, 1], ["generated", "guided"], fontsize=9)
     _draw_levels(parts[2], outcomes)
     return figure
 

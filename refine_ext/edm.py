@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ def sample_edm(
         raise ValueError("sample_edm: noise must be [B, ...], got a 0-dim tensor")
     if boosting and discriminator is None:
         raise ValueError("sample_edm: boosting needs a discriminator")
-    _check(net, num_steps, order, rho, S_churn, S_noise, dtype)
+    numbers = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho, "S_churn": S_churn, "S_min": S_min}
+    _check(net, num_steps, order, numbers | {"S_max": S_max, "S_noise": S_noise}, dtype)
     levels = _levels(net, num_steps, sigma_min, sigma_max, rho)
     churn = _raises(net, levels, S_churn, S_min, S_max, S_noise)
     boosted = _raises(net, levels, _BOOST_CHURN, S_min, S_max, _BOOST_NOISE) if boosting else churn
@@ -204,6 +206,8 @@ class _Updates:
     def __init__(self, randn_like: Any, generator: torch.Generator | None, seed: int | Tensor | None) -> None:
         if sum(source is not None for source in (randn_like, generator, seed)) > 1:
             raise ValueError("sample_edm: give one of randn_like, generator and seed")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"sample_edm: generator must be a torch.Generator, got {type(generator).__name__}")
         self.randn_like = randn_like
         self.generator = generator
         self.seed = seed
@@ -271,7 +275,7 @@ class _Guidance:
             inside = (level >= self.guide.sigma_min) & (level <= self.guide.sigma_max)
             self.low = (self.guide.log_ratio(output.h, level) < 0) & inside
             if step % _WEIGHT_PERIOD == 0:
-                weight = weight * (1.0 + self.low.double())
+                weight = per_sample(weight, x, "weight") * (1.0 + self.low.double())
         return [output.gradient], self.guide.factor(output.h, sigma, weight=weight)
 
     def second(self, x: Tensor, sigma: float) -> tuple[list[Tensor], Tensor | None]:
@@ -328,7 +332,7 @@ def _steps(num_steps: int, progress: bool) -> Iterable[int]:
     return trange(num_steps, desc="sampling")
 
 
-def _check(net: Any, num_steps: int, order: int, rho: float, churn: float, s_noise: float, dtype: torch.dtype) -> None:
+def _check(net: Any, num_steps: int, order: int, numbers: dict[str, float], dtype: torch.dtype) -> None:
     if not callable(net):
         raise TypeError(f"sample_edm: net must be callable as (x, sigma), got {type(net).__name__}")
     if isinstance(num_steps, bool) or not isinstance(num_steps, int):
@@ -339,8 +343,11 @@ def _check(net: Any, num_steps: int, order: int, rho: float, churn: float, s_noi
         raise ValueError(f"sample_edm: order must be 1 (Euler) or 2 (Heun), got {order!r}")
     if dtype not in (torch.float64, torch.float32):
         raise TypeError(f"sample_edm: dtype must be torch.float64 or torch.float32, got {dtype}")
-    if not 0.0 < rho < math.inf:
-        raise ValueError(f"sample_edm: rho must be positive, got {rho}")
-    for name, value in (("S_churn", churn), ("S_noise", s_noise)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"sample_edm: {name} must be finite and not negative, got {value}")
+    for name, value in numbers.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"sample_edm: {name} must be a number, got {type(value).__name__}")
+    if not 0.0 < numbers["rho"] < math.inf:
+        raise ValueError(f"sample_edm: rho must be positive, got {numbers['rho']}")
+    for name in ("S_churn", "S_noise"):
+        if not 0.0 <= numbers[name] < math.inf:
+            raise ValueError(f"sample_edm: {name} must be finite and not negative, got {numbers[name]}")

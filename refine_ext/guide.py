@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -230,16 +231,13 @@ class Guide:
         """``[B]`` factors of the gradient, with the weights (the guide's, and one more), the parametrisation's scale
         and the range of noise levels."""
         sigma, alpha = per_sample(sigma, h, "sigma"), per_sample(alpha, h, "alpha")
-        w = _at(self.weight, sigma / alpha)
-        for value in (w, weight):
-            if isinstance(value, Tensor):
-                per_sample(value, h, "weight")
+        w = per_sample(_at(self.weight, sigma / alpha), h, "weight")
         return guidance_factor(
             h,
             divergence=self.divergence,
             kind=self.kind,
             shift=_at(self.shift, sigma / alpha),
-            weight=w if weight is None else w * weight,
+            weight=w if weight is None else w * per_sample(weight, h, "weight"),
             sigma=sigma,
             alpha=alpha,
             parametrization=parametrization,
@@ -347,6 +345,8 @@ def per_sample(level: Level, like: Tensor, name: str) -> Tensor:
     """``[B]`` float64 values."""
     batch = like.shape[0]
     if not isinstance(level, Tensor):
+        if not isinstance(level, Real):
+            raise TypeError(f"Guide: {name} must be a number or a tensor [B], got {type(level).__name__}")
         return torch.full((batch,), float(level), dtype=torch.float64, device=like.device)
     if level.numel() not in (1, batch):
         raise ValueError(f"Guide: {name} must be a number or [{batch}], one per sample, got {list(level.shape)}")

@@ -101,8 +101,9 @@ def latent_flow(
         steps: how many.
         step_size: eta, positive: a number, one per step, or a function of the step 0, 1, ...
         noise: gamma, at least 0, likewise. 0 is the plain gradient flow, without random numbers.
-        divergence: the flow's: one of :func:`refine_ext.divergences` or "logD". kappa grows without bound where r is
-            small ("pearson_chi2", "alpha" above 1) or large ("reverse_kl", "neyman_chi2"): take small steps there.
+        divergence: the flow's: one of :func:`refine_ext.divergences` or "logD". kappa is at most 1 for "kl",
+            "jensen_shannon", "gan" and "logD"; it grows without bound with 1/r for "pearson_chi2" and "alpha" above 1,
+            with r for the others: take small steps there.
         kind: of the discriminator's output h: "logit" (``log r = h - shift``), or "variational" (``r = (f*)'(h -
             shift)`` for f the discriminator's attribute ``divergence``, else ``divergence``). None: the
             discriminator's attribute, else "logit".
@@ -113,8 +114,8 @@ def latent_flow(
             iterate is returned, which may be the start. Judge the result by other samples than these. Each step
             waits for the device.
         patience: iterates without a better measure after which the flow stops.
-        seed: of the noise, an int or one per latent (int64 ``[B]``): with seeds of its own, what becomes of a latent
-            does not depend on the batch. None: drawn from torch's generator.
+        seed: of the noise: an int, or int64 ``[B]`` with one seed for each latent, whose noise then does not depend on
+            the batch it is in, or a 0-dim int64 tensor. None: drawn from torch's generator.
         batch_size: latents that go through the networks at once; None for all. The result does not depend on it
             beyond the networks' own rounding.
         callback: called with (step, z, log_ratio) of every iterate, the start included.
@@ -128,7 +129,8 @@ def latent_flow(
     Raises:
         TypeError: an argument that is no tensor, function or number where one is needed.
         ValueError: shapes, schedules and names that are not allowed; an output without a gradient (says whether the
-            generator's or the discriminator's); NaN (says at which step; on CUDA at the end); probabilities.
+            generator's or the discriminator's); NaN or an infinite gradient (says at which step; on CUDA at the end);
+            probabilities.
 
     Source: Ansari, Ang and Soh, "Refining deep generative models via discriminator gradient flow", ICLR 2021,
     section 3 and algorithm 1.
@@ -326,7 +328,6 @@ def _where(take: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _chosen(take: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
-    assert new.gradient is not None and old.gradient is not None
     return Evaluation(new.x, _where(take, new.log_ratio, old.log_ratio), _where(take, new.gradient, old.gradient))
 
 

@@ -1,5 +1,5 @@
 // Arithmetic<float> as the CUDA kernels use it, over arrays, for test_float_arithmetic.py.
-#include "../csrc/math/arithmetic.h"
+#include "../csrc/math/normal.h"
 
 using Float = refine_ext::Arithmetic<float>;
 
@@ -11,4 +11,7 @@ extern "C" void log1p_of(const float* x, float* y, long n) {
 }
 extern "C" void log_of(const float* x, float* y, long n) {
   for (long i = 0; i < n; ++i) y[i] = Float::log(x[i]);
+}
+extern "C" void squared_radius_of(const uint32_t* w, float* y, long n) {
+  for (long i = 0; i < n; ++i) y[i] = refine_ext::squared_radius<float>(w[i]);
 }

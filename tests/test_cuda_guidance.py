@@ -175,6 +175,22 @@ def test_a_sample_does_not_depend_on_its_batch(device):
         assert torch.equal(got, want[rows])
 
 
+@pytest.mark.sanitized
+def test_factor(device):
+    """A thread a sample, over several blocks: kappa = r / (1 + r) of the flow of the Jensen-Shannon divergence."""
+    h, weight, shift, sigma = torch.randn(4, 700, dtype=f64).unbind()
+    sigma = sigma.exp()
+    numbers = [0.0, 1.0, math.nan, 1.0, 0.5, 2.0]
+    jensen_shannon, noise_prediction = 2, 1
+    got = torch.ops.refine_ext.guidance_factor(
+        h.float(), shift, weight, sigma, None, numbers, jensen_shannon, 0.0, True, True, noise_prediction
+    )
+    inside = (sigma >= 0.5) & (sigma <= 2.0)
+    want = torch.where(inside, -sigma * weight * torch.sigmoid(h.float().double() - shift), 0.0)
+    # Some roundings of float64.
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-15)
+
+
 def test_inputs_on_different_devices(kernels):
     if kernels != "cuda":
         pytest.skip("needs two devices")

@@ -513,7 +513,11 @@ def test_no_step_waits_on_cuda():
             ValueError,
             "the discriminator guides sigma from 100 to 200, and the steps are from 0.002 to 80",
         ),
-        ({"weight": torch.ones(3), "discriminator": logit}, ValueError, "weight"),
+        ({"weight": torch.ones(3), "discriminator": logit}, ValueError, r"weight must be a number or \[4\], one per"),
+        ({"weight": "1", "discriminator": logit}, TypeError, "weight must be a number or a tensor .B., got str"),
+        ({"sigma_max": "80"}, TypeError, "sigma_max must be a number, got str"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
+        ({"seed": torch.arange(3), "S_churn": 1.0}, ValueError, "seed must be one number or have shape .4., got .3."),
         ({"randn_like": lambda x: x[:1], "S_churn": 1.0}, ValueError, "randn_like must return .* got"),
     ],
 )

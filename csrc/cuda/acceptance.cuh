@@ -101,7 +101,7 @@ struct MetropolisStart {
 };
 
 // A thread a chain: a chain's steps follow each other. Invalid log-ratios make every draw index 0.
-// budget: registers 64, shared 256, occupancy 50%
+// budget: registers 56, shared 256, occupancy 50%
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads)
     metropolis_kernel(const MetropolisProblem problem, const MetropolisStart start, const double* largest,
