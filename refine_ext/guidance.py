@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._ops_guidance import PARAMETRIZATIONS, ops
+from .arguments import check_seed
 from .density_ratio import check_floating, reraise
 from .divergence import KINDS, parse_divergence
 
@@ -335,15 +336,8 @@ def _seed(function: str, seed: int | Tensor | None, device: torch.device) -> tup
     if seed is None:
         # On the device: nothing waits, and a CUDA graph draws another one at every replay.
         return 0, torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"{function}: seed must be an int or an int64 tensor, got {seed.dtype}")
-        return 0, seed
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"{function}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{function}: seed must be between -2**63 and 2**64 - 1, got {seed}")
-    return (seed if seed < 2**63 else seed - 2**64), None
+    seed = check_seed(function, seed)
+    return (0, seed) if isinstance(seed, Tensor) else (seed, None)
 
 
 def _step_number(function: str, step: int) -> int:

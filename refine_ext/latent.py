@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .density_ratio import check_floating
-from .divergence import divergences, parse_divergence
+from .arguments import whole
 from .guidance import guidance_factor, guided_step, philox_normal
+from .latent_arguments import Schedule, check_batch_size, check_flow, check_start, divergence_read_by, schedule_of
 from .latent_prior import Prior, log_acceptance, prior_of
 from .latent_ratio import Evaluation, LatentRatio
-from .resampling import _whole
-
-Schedule = float | Sequence[float] | Tensor | Callable[[int], float]
 
 # Rows of samples that an early stop compares: the energy distance takes their pairs.
 _STOP_ROWS = 1000
@@ -142,23 +139,22 @@ def latent_flow(
             [10.]])
     """
     function = "latent_flow"
-    z, steps, seed = _start(function, z, steps, seed)
-    etas = _schedule(function, "step_size", step_size, steps, least=0.0, exclusive=True)
-    gammas = _schedule(function, "noise", noise, steps, least=0.0)
-    if divergence != "logD":
-        _known(function, divergence)
+    z, steps, seed = check_start(function, z, steps, seed)
+    etas = schedule_of(function, "step_size", step_size, steps, least=0.0, exclusive=True)
+    gammas = schedule_of(function, "noise", noise, steps, least=0.0)
+    check_flow(function, divergence)
     ratio = LatentRatio(
         function,
         generator,
         discriminator,
         kind=kind,
-        divergence=_reading(function, discriminator, divergence, kind),
+        divergence=divergence_read_by(function, discriminator, divergence, kind),
         shift=shift,
-        batch_size=_batch_size(function, batch_size),
+        batch_size=check_batch_size(function, batch_size),
         check=check,
     )
     law = prior_of(function, prior)
-    stop = None if early_stop is None else _EarlyStop(function, early_stop, _whole(function, "patience", patience, 1))
+    stop = None if early_stop is None else _EarlyStop(function, early_stop, whole(function, "patience", patience, 1))
     trace = []
     # Tensors made in inference mode cannot enter a backward pass; what is made here can.
     with torch.inference_mode(False), torch.no_grad():
@@ -252,17 +248,17 @@ def latent_langevin(
     True
     """
     function = "latent_langevin"
-    z, steps, seed = _start(function, z, steps, seed)
-    etas = _schedule(function, "step_size", step_size, steps, least=0.0, exclusive=True)
-    temperatures = _schedule(function, "temperature", temperature, steps, least=0.0, exclusive=metropolis)
+    z, steps, seed = check_start(function, z, steps, seed)
+    etas = schedule_of(function, "step_size", step_size, steps, least=0.0, exclusive=True)
+    temperatures = schedule_of(function, "temperature", temperature, steps, least=0.0, exclusive=metropolis)
     ratio = LatentRatio(
         function,
         generator,
         discriminator,
         kind=kind,
-        divergence=_reading(function, discriminator, divergence, kind),
+        divergence=divergence_read_by(function, discriminator, divergence, kind),
         shift=shift,
-        batch_size=_batch_size(function, batch_size),
+        batch_size=check_batch_size(function, batch_size),
         check=check,
     )
     law = prior_of(function, prior)
@@ -356,81 +352,6 @@ class _EarlyStop:
             self.best = step, z, at
         self.measures.append(value)
         return step - self.best[0] >= self.patience
-
-
-def _start(function: str, z: Tensor, steps: int, seed: int | Tensor | None) -> tuple[Tensor, int, int | Tensor]:
-    check_floating(function, "z", z)
-    if z.dim() < 2:
-        raise ValueError(f"{function}: z must be [B, ...] with at least 2 dimensions, got {list(z.shape)}")
-    if seed is None:
-        # On the device, where no step has to wait for it.
-        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=z.device)
-    elif isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.shape not in ((), (z.shape[0],)) or seed.device != z.device:
-            raise ValueError(
-                f"{function}: seed must be an int, or int64 [{z.shape[0]}] on {z.device}, "
-                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
-            )
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{function}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    elif not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{function}: seed must be between -2**63 and 2**64 - 1, got {seed}")
-    return z.detach(), _whole(function, "steps", steps, 1), seed
-
-
-def _schedule(
-    function: str, argument: str, value: Schedule, steps: int, *, least: float, exclusive: bool = False
-) -> list[float]:
-    """One number a step, all known before the first one: nothing is read from the device on the way."""
-    if isinstance(value, Tensor):
-        value = value.detach().tolist()
-    if callable(value):
-        numbers = [value(k) for k in range(steps)]
-    elif isinstance(value, (int, float)):
-        numbers = [value] * steps
-    else:
-        try:
-            numbers = list(value)
-        except TypeError:
-            raise TypeError(
-                f"{function}: {argument} must be a number, {steps} numbers or a function of the step, "
-                f"got {type(value).__name__}"
-            ) from None
-        if len(numbers) != steps:
-            raise ValueError(
-                f"{function}: {argument} must have one number for each of {steps} steps, got {len(numbers)}"
-            )
-    for k, number in enumerate(numbers):
-        if not least <= float(number) < math.inf or (exclusive and number == least):
-            bound = "above" if exclusive else "at least"
-            raise ValueError(f"{function}: {argument} must be finite and {bound} {least:g}, got {number} at step {k}")
-    return [float(number) for number in numbers]
-
-
-def _known(function: str, divergence: str) -> None:
-    try:
-        parse_divergence(function, divergence)
-    except ValueError as error:
-        if isinstance(divergence, str) and divergence.partition(":")[0] in divergences():
-            raise
-        raise ValueError(f"{error} (or logD)") from None
-
-
-def _reading(function: str, discriminator: Any, divergence: str, kind: str | None) -> str:
-    """The divergence that h is read by, which matters to a variational output only."""
-    if (kind or getattr(discriminator, "kind", "logit")) != "variational":
-        return "kl"
-    own = getattr(discriminator, "divergence", divergence)
-    if own == "logD":
-        raise ValueError(
-            f"{function}: a variational output is read by the divergence that the discriminator was trained with, "
-            "which logD is not; give the discriminator an attribute divergence"
-        )
-    return own
-
-
-def _batch_size(function: str, batch_size: int | None) -> int | None:
-    return None if batch_size is None else _whole(function, "batch_size", batch_size, 1)
 
 
 def _counted(steps: int, title: str, progress: bool) -> Iterator[int]:

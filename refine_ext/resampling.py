@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._ops_resampling import ops
+from .arguments import check_seed, whole
 from .density_ratio import check_floating, reraise
 
 METHODS = ("multinomial", "stratified", "systematic", "residual")
@@ -53,25 +54,10 @@ def _seed(function: str, seed: int | Tensor | None, generator: torch.Generator |
         return torch.randint(2**63 - 1, (), generator=generator, device=generator.device).to(device)
     if generator is not None:
         raise ValueError(f"{function}: give seed or generator, not both")
+    seed = check_seed(function, seed)
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"{function}: seed must be an int or an int64 tensor, got {seed.dtype}")
         return seed.to(device)
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"{function}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{function}: seed must be between -2**63 and 2**64 - 1, got {seed}")
-    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
-
-
-def _whole(function: str, argument: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-            raise TypeError(f"{function}: {argument} must be an int, got {type(value).__name__}")
-        value = value.__index__()  # NumPy's
-    if value < least:
-        raise ValueError(f"{function}: {argument} must be at least {least}, got {value}")
-    return value
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _double(
@@ -147,7 +133,7 @@ def resample(
         raise ValueError("resample: weights must have at least one dimension, got a 0-dim tensor")
     if method not in METHODS:
         raise ValueError(f"resample: method must be one of {', '.join(METHODS)}, got {method!r}")
-    num, offset = _whole("resample", "num", num, 0), _whole("resample", "offset", offset, 0)
+    num, offset = whole("resample", "num", num, 0), whole("resample", "offset", offset, 0)
     key = _seed("resample", seed, generator, weights.device)
     try:
         return ops.resample.default(weights.detach(), num, key, offset, METHODS.index(method), log)
@@ -205,7 +191,7 @@ def rejection(
         raise ValueError("rejection: log_ratio must have at least one dimension, got a 0-dim tensor")
     if not (isinstance(epsilon, float) and 0 < epsilon < math.inf):
         raise ValueError(f"rejection: epsilon must be a positive float, got {epsilon!r}")
-    offset = _whole("rejection", "offset", offset, 0)
+    offset = whole("rejection", "offset", offset, 0)
     log_ratio, device = log_ratio.detach(), log_ratio.device
     bound = None if log_bound is None else _double("rejection", "log_bound", log_bound, device)
     if percentile is not None:
@@ -317,8 +303,8 @@ def metropolis(
     check_floating("metropolis", "log_ratio", log_ratio)
     if log_ratio.dim() != 1:
         raise ValueError(f"metropolis: log_ratio must be 1-D, got shape {list(log_ratio.shape)}")
-    num, burn_in = _whole("metropolis", "num", num, 0), _whole("metropolis", "burn_in", burn_in, 0)
-    chains, thin = _whole("metropolis", "chains", chains, 1), _whole("metropolis", "thin", thin, 1)
+    num, burn_in = whole("metropolis", "num", num, 0), whole("metropolis", "burn_in", burn_in, 0)
+    chains, thin = whole("metropolis", "chains", chains, 1), whole("metropolis", "thin", thin, 1)
     if order not in ("random", "given"):
         raise ValueError(f"metropolis: order must be 'random' or 'given', got {order!r}")
     start = None if initial is None else _double("metropolis", "initial", initial, log_ratio.device)
