@@ -1,4 +1,5 @@
-"""Karras et al. 2022, Algorithm 2, and Kim et al. 2022's guided sampler, restated in plain torch operations."""
+"""Karras et al. 2022, Algorithm 2, and Kim et al. 2022's guided sampler, restated in plain torch operations; and
+a network, a discriminator and noise to run them on."""
 
 from __future__ import annotations
 
@@ -88,3 +89,34 @@ def guided(
                 d2 = d2 - w2 * t[i + 1] * guidance(x, after)[0]
             x = x_hat + (t[i + 1] - hat) * (0.5 * d + 0.5 * d2)
     return x
+
+
+class Stream:
+    """Normals like a state, always the same ones in the same order."""
+
+    def __init__(self, seed: int = 3) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.drawn += 1
+        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+
+
+def images(batch: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def column(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1)
+
+
+def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+    """Of no particular data: nonlinear, and mixing the pixels."""
+    v = 1 + column(sigma) ** 2
+    return x / v + 0.3 * torch.tanh(x.roll(1, -1) + 0.5) * column(sigma) ** 2 / v
+
+
+def logit(x: Tensor, sigma: Tensor) -> Tensor:
+    x = x / column(1 + sigma**2).sqrt()
+    return 4 * torch.sin(3 * x).mean((1, 2, 3)) + x[:, 0].square().mean((1, 2)) - 1

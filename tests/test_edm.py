@@ -1,4 +1,4 @@
-"""sample_edm: step for step the published algorithms, and what is around them: noise, ranges, devices, errors."""
+"""sample_edm: step for step the published algorithms, and what is around them: noise, ranges, dtypes, errors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from edm_reference import algorithm_2, guided, levels
+from edm_reference import Stream, algorithm_2, column, denoiser, guided, images, levels, logit
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import refine_ext as rx
 
@@ -21,37 +20,6 @@ CHURN = {
     "inflated": {"S_churn": 1.0, "S_noise": 1.5},
 }
 RESTATED = {"S_churn": "churn", "S_min": "s_min", "S_max": "s_max", "S_noise": "s_noise"}
-
-
-class Stream:
-    """Normals like a state, always the same ones in the same order."""
-
-    def __init__(self, seed: int = 3) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.drawn = 0
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.drawn += 1
-        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
-
-
-def images(batch: int = 4, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(batch, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-
-
-def column(sigma: torch.Tensor) -> torch.Tensor:
-    return sigma.view(-1, 1, 1, 1)
-
-
-def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Of no particular data: nonlinear, and mixing the pixels."""
-    v = 1 + column(sigma) ** 2
-    return x / v + 0.3 * torch.tanh(x.roll(1, -1) + 0.5) * column(sigma) ** 2 / v
-
-
-def logit(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    x = x / column(1 + sigma**2).sqrt()
-    return 4 * torch.sin(3 * x).mean((1, 2, 3)) + x[:, 0].square().mean((1, 2)) - 1
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 18])
@@ -342,137 +310,6 @@ def test_progress_bar(capsys):
     assert "3/3" in capsys.readouterr().err
     rx.sample_edm(denoiser, images(), num_steps=3)
     assert capsys.readouterr().err == ""
-
-
-class NoReading(TorchDispatchMode):
-    """Fails where a value is read by the host, which on a GPU would wait for it, or copied from it."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("boosting", [False, True])
-def test_no_step_waits_for_the_device(boosting):
-    """No value is read on the way: the check for NaN, which on the CPU reads at once, is off here."""
-    guide = rx.Guide(logit, weight=lambda sigma: 1 + sigma, shift=torch.log1p, check=False, sigma_min=0.01)
-    reads = []
-
-    def net(x, sigma):
-        reads.append(NoReading())
-        if len(reads) == 1:
-            reads[0].__enter__()  # from the first evaluation on; the levels are worked out before
-        return denoiser(x, sigma)
-
-    seeds = torch.arange(4)
-    try:
-        rx.sample_edm(net, images(), num_steps=7, S_churn=2.0, seed=seeds, discriminator=guide, boosting=boosting)
-    finally:
-        reads[0].__exit__(None, None, None)
-    assert len(reads) == 13
-
-
-# ---- compiled
-
-
-class SmallNet(nn.Module):
-    def __init__(self, out: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, out))
-
-    def forward(self, x, sigma):
-        return self.body(torch.cat([x / (1 + sigma[:, None]), sigma[:, None].log()], 1))
-
-
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
-def test_a_whole_guided_step_compiles_into_one_graph(backend):
-    """Network, discriminator, its gradient, factor and update with noise; no recompilation at another step."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    net, guide = SmallNet(4), rx.Guide(SmallNet(1), sigma_min=0.01, sigma_max=50.0)
-
-    def step(x, sigma, coefficients, seeds):
-        denoised = net(x, sigma)
-        output = guide(x, sigma)
-        factor = guide.factor(output.h, sigma)
-        return rx.guided_step(x, [denoised, output.gradient], coefficients, factor=factor, seed=seeds, step=1)
-
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    torch._dynamo.utils.counters.clear()
-    for level in (5.0, 1.0, 60.0):
-        x, seeds = torch.randn(6, 4), torch.arange(6)
-        sigma = torch.full((6,), level)
-        row = torch.tensor([0.8, 0.2, 0.2 * level**2, 0.1], dtype=torch.float64)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x, sigma, row, seeds), step(x, sigma, row, seeds), rtol=1e-5, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_a_whole_trajectory_compiles_into_one_graph():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    net, guide = SmallNet(4), rx.Guide(SmallNet(1))
-    seeds, noise = torch.arange(3), torch.randn(3, 4)
-
-    def run(noise, seeds):
-        options = {"num_steps": 3, "S_churn": 1.0, "dtype": torch.float32}
-        return rx.sample_edm(net, noise, discriminator=guide, seed=seeds, **options)
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(noise, seeds), run(noise, seeds), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.cuda
-def test_a_whole_guided_trajectory_as_a_cuda_graph():
-    """Captured once with a compiled network; replays read the noise and the seeds that then lie in their tensors."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        net, disc = torch.compile(SmallNet(4), fullgraph=True), SmallNet(1)
-        noise, seeds = torch.randn(32, 4), torch.arange(32)
-    guide = rx.Guide(disc)
-    options = {"num_steps": 6, "S_churn": 3.0, "boosting": True, "weight": 2.0, "dtype": torch.float32}
-
-    def run():
-        return rx.sample_edm(net, noise, discriminator=guide, seed=seeds, **options)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, loads kernels, looks at the first outputs
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    results = []
-    for change in (0, 1, 1):
-        noise.add_(0.01 * change)
-        seeds.add_(100 * change)
-        captured.fill_(torch.nan)
-        graph.replay()
-        results.append(captured.clone())
-        guide.finish()
-        # The same kernels in the same order; matrix products may take another algorithm in a graph: a few roundings.
-        torch.testing.assert_close(results[-1], run(), rtol=1e-5, atol=1e-5)
-    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
-
-
-@pytest.mark.cuda
-def test_no_step_waits_on_cuda():
-    noise, seeds = images().cuda(), torch.arange(4, device="cuda")
-    guide = rx.Guide(logit)
-    options = {"num_steps": 6, "S_churn": 3.0, "boosting": True, "seed": seeds, "discriminator": guide}
-    rx.sample_edm(denoiser, noise, **options)
-    finish, guide.finish = guide.finish, lambda: None  # the one that waits, at the end
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        got = rx.sample_edm(denoiser, noise, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    finish()
-    want = rx.sample_edm(denoiser, noise.cpu(), **{**options, "seed": seeds.cpu(), "discriminator": logit})
-    torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-9)
 
 
 # ---- what is refused

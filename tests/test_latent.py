@@ -8,8 +8,8 @@ import pytest
 import reference
 import torch
 from fitting import fit, gaussians, one_thread  # noqa: F401
+from host_reads import HostReads
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import refine_ext as rx
 from refine_ext import latent
@@ -387,21 +387,6 @@ def test_values_like_probabilities_are_told():
         rx.latent_flow(torch.sigmoid, lambda x: x.mean(1), torch.randn(20, 3), steps=1, progress=False)
 
 
-class Reads(TorchDispatchMode):
-    """Counts what would wait for a device: values read into Python, shapes that depend on values."""
-
-    waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().partition("::")[2].partition(".")[0] in self.waiting:
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("call", ["kl", "logD", "variational", "prior", "early stop", "langevin", "metropolis"])
 def test_nothing_is_read_in_a_step(call, monkeypatch):
     """On CUDA the only read is `finish`, at the end; on the CPU it comes at every step, and is left out here."""
@@ -412,7 +397,7 @@ def test_nothing_is_read_in_a_step(call, monkeypatch):
 
     other.kind, other.divergence = "variational", "reverse_kl"
     options = {"steps": 3, "seed": torch.arange(7), "batch_size": 4, "check": False, "progress": False}
-    with Reads() as reads:
+    with HostReads() as reads:
         if call in ("langevin", "metropolis"):
             rx.latent_langevin(generator, logit, starts(), metropolis=call == "metropolis", **options)
         else:
