@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .demo_summary import as_text, mean_and_error
 from .io import ArrayRows
 from .measures import TITLES, TwoSample, distances, two_sample
 from .output import create_rows
@@ -27,7 +28,7 @@ KINDS = ("clean", "blend", "noisy")
 INSTALL = "pip install 'refine-ext[demo]'"
 _BLENDS, _NOISY, _NOISE = 0.2, 0.15, 2.5  # shares of the samples, pixel levels out of 16
 _REACH = 0.3  # how far a sample may lie from a training digit towards its neighbour
-_LEVELS = 16
+LEVELS = 16
 
 
 def require_extras() -> None:
@@ -101,7 +102,7 @@ def faulty_generator(digits: Digits, number: int, seed: int) -> Generated:
     kind = generator.choice(3, size=number, p=[1 - _BLENDS - _NOISY, _BLENDS, _NOISY])
     images[kind == 1] = 0.5 * (images + others)[kind == 1]
     images[kind == 2] += generator.normal(0.0, _NOISE, size=(np.count_nonzero(kind == 2), 8, 8))
-    images = np.clip(np.round(images), 0, _LEVELS).astype(np.float32)
+    images = np.clip(np.round(images), 0, LEVELS).astype(np.float32)
     return Generated(images, kind, labels, proportions)
 
 
@@ -119,7 +120,7 @@ def mixture_generator(digits: Digits, number: int, seed: int) -> np.ndarray:
     pca = PCA(20, random_state=seed).fit(flat)
     mixture = GaussianMixture(10, covariance_type="diag", random_state=seed).fit(pca.transform(flat))
     drawn, _ = mixture.sample(number)
-    images = np.clip(pca.inverse_transform(drawn), 0.0, _LEVELS)
+    images = np.clip(pca.inverse_transform(drawn), 0.0, LEVELS)
     return np.random.default_rng(seed).permutation(images).reshape(-1, 8, 8).astype(np.float32)
 
 
@@ -182,19 +183,12 @@ class DemoResult:
         """Rows of text: a measure, then mean ± standard error of each column."""
         rows: list[tuple[str, ...]] = [("held-out measure", *(title for _, title in COLUMNS), "")]
         for name, (title, direction) in TITLES.items():
-            cells = [_mean_and_error(self.column(which, name)) for which, _ in COLUMNS]
+            cells = [as_text(self.column(which, name)) for which, _ in COLUMNS]
             rows.append((title, *cells, direction))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        summary = {
-            name: {
-                which: {"mean": float(np.mean(values)), "stderr": _standard_error(values)}
-                for which, _ in COLUMNS
-                for values in [self.column(which, name)]
-            }
-            for name in TITLES
-        }
+        summary = {name: {which: mean_and_error(self.column(which, name)) for which, _ in COLUMNS} for name in TITLES}
         improved = {
             name: sum(
                 after < before
@@ -221,16 +215,6 @@ COLUMNS = (
     ("full_strength", "unguarded"),
     ("oracle", "perfect weights"),
 )
-
-
-def _standard_error(values: list[float]) -> float | None:
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-
-
-def _mean_and_error(values: list[float]) -> str:
-    error = _standard_error(values)
-    scale = 3 if max(map(abs, values)) > 0.01 else 5
-    return f"{np.mean(values):.{scale}f}" + ("" if error is None else f" ± {error:.{scale}f}")
 
 
 def run_seed(seed: int, number: int, options: RefineOptions) -> SeedResult:

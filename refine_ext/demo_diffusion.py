@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .demo import _LEVELS, _mean_and_error, _standard_error, load_digits, require_extras
+from .demo import LEVELS, load_digits, require_extras
+from .demo_summary import as_text, gains, mean_and_error
 from .diffusion_discriminator import DiffusionFitReport
 from .measures import TITLES, TwoSample, two_sample
 from .threads import at_most_threads
@@ -32,7 +33,6 @@ COLUMNS = {
     "longer": "trained twice as long",
     "real": "training digits",
 }
-HIGHER_IS_BETTER = ("precision", "recall")
 _STEPS, _BATCH, _RATE = 1500, 128, 2e-3
 _GENERATED = 2400
 # Of the sampler, for data in [-1, 1]: below the first, what is left of the noise vanishes in the grey levels.
@@ -103,8 +103,8 @@ class Outcome:
 
 def _grey(x: Tensor) -> np.ndarray:
     """Images [n, 8, 8] rounded to the grey levels that real ones have."""
-    half = _LEVELS / 2
-    return np.clip(np.round(half * (x[:, 0].double().numpy() + 1.0)), 0, _LEVELS)
+    half = LEVELS / 2
+    return np.clip(np.round(half * (x[:, 0].double().numpy() + 1.0)), 0, LEVELS)
 
 
 def run_seed(seed: int, effort: float = 1.0) -> Outcome:
@@ -118,7 +118,7 @@ def run_seed(seed: int, effort: float = 1.0) -> Outcome:
     from .fit_diffusion import fit_diffusion_discriminator
 
     digits = load_digits(seed)
-    real = torch.from_numpy(digits.train)[:, None] / (_LEVELS / 2) - 1.0
+    real = torch.from_numpy(digits.train)[:, None] / (LEVELS / 2) - 1.0
     steps = max(20, round(effort * _STEPS))
     net, longer = (train_denoiser(real, n, seed) for n in (steps, 2 * steps))
     generator = torch.Generator().manual_seed(seed)
@@ -156,30 +156,23 @@ def _column(outcomes: list[Outcome], which: str, measure: str) -> list[float]:
     return [getattr(outcome.measures[which], measure) for outcome in outcomes]
 
 
-def _gains(outcomes: list[Outcome], which: str, measure: str) -> np.ndarray:
-    """By how much each repetition improved; an AUC improves towards 0.5."""
-    before, after = (np.array(_column(outcomes, name, measure)) for name in ("before", which))
-    if measure == "auc":
-        return np.abs(before - 0.5) - np.abs(after - 0.5)
-    return after - before if measure in HIGHER_IS_BETTER else before - after
-
-
 def _report(outcomes: list[Outcome]) -> dict[str, Any]:
-    gains = {name: {which: _gains(outcomes, which, name) for which in ("after", "doubled")} for name in TITLES}
+    gained = {
+        name: {
+            which: gains(name, _column(outcomes, "before", name), _column(outcomes, which, name))
+            for which in ("after", "doubled")
+        }
+        for name in TITLES
+    }
     return {
         "columns": COLUMNS,
         "summary": {
-            name: {
-                which: {"mean": float(np.mean(values)), "stderr": _standard_error(values)}
-                for which in COLUMNS
-                for values in [_column(outcomes, which, name)]
-            }
-            for name in TITLES
+            name: {which: mean_and_error(_column(outcomes, which, name)) for which in COLUMNS} for name in TITLES
         },
-        "seeds_improved": {name: {k: int((v > 0).sum()) for k, v in by.items()} for name, by in gains.items()},
+        "seeds_improved": {name: {k: int((v > 0).sum()) for k, v in by.items()} for name, by in gained.items()},
         "not_improved": [
             f"{COLUMNS[which]}: {TITLES[name][0]}"
-            for name, by in gains.items()
+            for name, by in gained.items()
             for which, v in by.items()
             if v.mean() < 0
         ],
@@ -191,7 +184,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of text: a measure, then mean ± standard error of every column."""
     rows: list[tuple[str, ...]] = [("held-out measure", *COLUMNS.values(), "")]
     for name, (title, direction) in TITLES.items():
-        cells = [_mean_and_error([seed[which][name] for seed in report["seeds"]]) for which in COLUMNS]
+        cells = [as_text([seed[which][name] for seed in report["seeds"]]) for which in COLUMNS]
         rows.append((title, *cells, direction))
     return rows
 
@@ -208,7 +201,7 @@ def draw(outcomes: list[Outcome]) -> Figure:
         parts[0].subplots(1, len(panels), gridspec_kw={"wspace": 0.06}), panels, strict=True
     ):
         column.set_title(title, color=colour, fontweight="bold")
-        draw_grid(column, outcomes[0].images[name], 8, 8, (0.0, float(_LEVELS)))
+        draw_grid(column, outcomes[0].images[name], 8, 8, (0.0, float(LEVELS)))
     plural = "" if len(outcomes) == 1 else "s"
     parts[1].suptitle(
         f"Held-out measures, {len(outcomes)} seed{plural} (lines: the seeds, bars: standard error, "

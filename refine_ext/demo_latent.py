@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .demo import _LEVELS, _standard_error, load_digits, require_extras
+from .demo import LEVELS, load_digits, require_extras
+from .demo_summary import gains, mean_and_error
 from .measures import TITLES, TwoSample, two_sample
 from .threads import at_most_threads
 
@@ -29,7 +30,6 @@ METHODS = {
     "flow_js": "flow, JS",
     "langevin": "Langevin",
 }
-HIGHER_IS_BETTER = ("precision", "recall")
 # Of images in [0, 1]: the discriminators tell noisy digits from noisy samples, so that their supports overlap.
 _INSTANCE_NOISE = 0.15
 _GENERATED = 4000
@@ -51,12 +51,12 @@ class Outcome:
 def _pixels(images: np.ndarray) -> Tensor:
     import torch
 
-    return torch.from_numpy(images.reshape(len(images), -1) / np.float32(_LEVELS))
+    return torch.from_numpy(images.reshape(len(images), -1) / np.float32(LEVELS))
 
 
 def _grey(x: Tensor) -> np.ndarray:
     """Images [n, 8, 8] rounded to the grey levels that real ones have."""
-    return np.round(_LEVELS * x.clamp(0.0, 1.0).numpy()).reshape(-1, 8, 8)
+    return np.round(LEVELS * x.clamp(0.0, 1.0).numpy()).reshape(-1, 8, 8)
 
 
 def refine_generator(name: str, seed: int, effort: float = 1.0) -> Outcome:
@@ -131,14 +131,6 @@ def _column(outcomes: list[dict[str, Outcome]], model: str, method: str, measure
     return [getattr(outcome[model].measures[method], measure) for outcome in outcomes]
 
 
-def _gains(outcomes: list[dict[str, Outcome]], model: str, method: str, measure: str) -> np.ndarray:
-    """By how much each repetition improved; an AUC improves towards 0.5."""
-    before, after = (np.array(_column(outcomes, model, which, measure)) for which in ("before", method))
-    if measure == "auc":
-        return np.abs(before - 0.5) - np.abs(after - 0.5)
-    return after - before if measure in HIGHER_IS_BETTER else before - after
-
-
 def _report(outcomes: list[dict[str, Outcome]], seed: int) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     improved: dict[str, Any] = {}
@@ -147,13 +139,11 @@ def _report(outcomes: list[dict[str, Outcome]], seed: int) -> dict[str, Any]:
         summary[model], improved[model] = {}, {}
         for measure, (title, _) in TITLES.items():
             columns = {method: _column(outcomes, model, method, measure) for method in METHODS}
-            summary[model][measure] = {
-                method: {"mean": float(np.mean(values)), "stderr": _standard_error(values)}
-                for method, values in columns.items()
-            }
-            gains = {method: _gains(outcomes, model, method, measure) for method in METHODS if method != "before"}
-            improved[model][measure] = {method: int((gain > 0).sum()) for method, gain in gains.items()}
-            worse += [f"{model}, {METHODS[method]}: {title}" for method, gain in gains.items() if gain.mean() < 0]
+            summary[model][measure] = {method: mean_and_error(values) for method, values in columns.items()}
+            before = columns.pop("before")
+            gained = {method: gains(measure, before, values) for method, values in columns.items()}
+            improved[model][measure] = {method: int((gain > 0).sum()) for method, gain in gained.items()}
+            worse += [f"{model}, {METHODS[method]}: {title}" for method, gain in gained.items() if gain.mean() < 0]
     return {
         "summary": summary,
         "seeds_improved": improved,
@@ -196,7 +186,7 @@ def draw(outcomes: list[dict[str, Outcome]]) -> Figure:
             colour = colours.get(name, AFTER)
             title = titles[name] if name == "real" else f"{model}, {titles[name]}"
             column.set_title(title, color=colour, fontweight="bold", fontsize=11)
-            draw_grid(column, outcomes[0][model].images[name], 8, 8, (0.0, float(_LEVELS)))
+            draw_grid(column, outcomes[0][model].images[name], 8, 8, (0.0, float(LEVELS)))
         for column, measure in zip(row[len(panels) :], TITLES, strict=True):
             before, after = (_column(outcomes, model, method, measure) for method in ("before", "flow_kl"))
             draw_measure(column, measure, before, after)

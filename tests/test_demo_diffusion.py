@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 from fitting import one_thread  # noqa: F401
 
-from refine_ext import demo_diffusion
 from refine_ext.cli import main
 from refine_ext.demo import load_digits
 from refine_ext.demo_diffusion import Denoiser, train_denoiser
+from refine_ext.demo_summary import gains
 from refine_ext.measures import TITLES, TwoSample
 
 
@@ -49,9 +49,8 @@ def test_gains_are_positive_where_a_measure_gets_better():
 
     before = outcome(auc=0.8, energy_distance=0.3, mmd2=0.2, precision=0.5, recall=0.5)
     after = outcome(auc=0.4, energy_distance=0.4, mmd2=0.1, precision=0.6, recall=0.4)
-    pair = [demo_diffusion.Outcome(0, {"before": before, "after": after}, {}, None)]
-    gains = {name: float(demo_diffusion._gains(pair, "after", name)[0]) for name in TITLES}
-    assert gains == pytest.approx({"auc": 0.2, "energy_distance": -0.1, "mmd2": 0.1, "precision": 0.1, "recall": -0.1})
+    gained = {name: gains(name, [getattr(before, name)], [getattr(after, name)]).item() for name in TITLES}
+    assert gained == pytest.approx({"auc": 0.2, "energy_distance": -0.1, "mmd2": 0.1, "precision": 0.1, "recall": -0.1})
 
 
 def test_the_command(tmp_path):
