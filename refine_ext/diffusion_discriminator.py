@@ -16,6 +16,7 @@ from .calibration import has_bounded_domain, plain
 from .density_ratio import density_ratio
 from .guide import VPSchedule
 from .networks import batch_output
+from .samples import as_column
 from .time_networks import TimeConvNet, TimeMLP
 from .training import Kind
 
@@ -205,7 +206,7 @@ class DiffusionDiscriminator(nn.Module):
         if self.calibration.schedule is None:
             return batch_output(lambda state: self.network(state, sigma.to(dtype), **extra), x.to(dtype))
         time = self.calibration.schedule.time(sigma.double()).to(dtype)
-        scale = self.calibration.schedule.mu(sigma.double()).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        scale = as_column(self.calibration.schedule.mu(sigma.double()).to(x.dtype), x)
         return batch_output(lambda state: self.network(state, time, **extra), (x * scale).to(dtype))
 
     def log_ratio(self, output: Tensor, sigma: Tensor) -> Tensor:

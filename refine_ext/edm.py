@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import whole
 from .density_ratio import check_floating
 from .guidance import guided_step
 from .guide import Guide, Level, as_term, per_sample
@@ -335,10 +336,7 @@ def _steps(num_steps: int, progress: bool) -> Iterable[int]:
 def _check(net: Any, num_steps: int, order: int, numbers: dict[str, float], dtype: torch.dtype) -> None:
     if not callable(net):
         raise TypeError(f"sample_edm: net must be callable as (x, sigma), got {type(net).__name__}")
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int):
-        raise TypeError(f"sample_edm: num_steps must be an int, got {type(num_steps).__name__}")
-    if num_steps < 1:
-        raise ValueError(f"sample_edm: num_steps must be at least 1, got {num_steps}")
+    whole("sample_edm", "num_steps", num_steps, 1)
     if order not in (1, 2):
         raise ValueError(f"sample_edm: order must be 1 (Euler) or 2 (Heun), got {order!r}")
     if dtype not in (torch.float64, torch.float32):

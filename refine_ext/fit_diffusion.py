@@ -25,7 +25,7 @@ from .divergence import parse_divergence
 from .fit import check_range, check_training, output_kind, show_epoch, split
 from .guide import VPSchedule
 from .overfit_guard import auc, choose_temperature, refinement_gain
-from .samples import check_samples
+from .samples import as_column, check_samples
 from .time_networks import TimeConvNet, TimeMLP
 from .training import Objective, Parts, Schedule, isolated_rng, train_network
 
@@ -229,7 +229,7 @@ def _batch(
     low, high = math.log(result.sigma_min), math.log(result.sigma_max)
     sigma = (low + (high - low) * place).exp().repeat(2)
     extra = {name: torch.cat([real[1][name], fake[1][name]]) for name in real[1]}
-    noise = torch.randn_like(clean) * sigma.to(clean.dtype).reshape(-1, *[1] * (clean.dim() - 1))
+    noise = torch.randn_like(clean) * as_column(sigma.to(clean.dtype), clean)
     return result.output(clean + noise, sigma, **extra)
 
 

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from .density_ratio import density_ratio
 from .divergence import parse_divergence
 from .guidance import guidance_factor
-from .network_checks import refuse_probabilities, refuse_probability_layer, warn_of_training, warn_of_unit_interval
+from .network_checks import (
+    one_output_each,
+    refuse_probabilities,
+    refuse_probability_layer,
+    warn_of_training,
+    warn_of_unit_interval,
+)
+from .samples import as_column
 
 Level = float | Tensor
 PerSample = float | Tensor | Callable[[Tensor], Tensor]
@@ -281,7 +288,7 @@ class Guide:
             time, mu = self.schedule.time(ratio), self.schedule.mu(ratio)
             scale = mu if scale is None else mu * scale
         if scale is not None:
-            scale = scale.reshape(-1, *[1] * (x.dim() - 1)).to(torch.promote_types(x.dtype, dtype))
+            scale = as_column(scale, x).to(torch.promote_types(x.dtype, dtype))
             x = x * scale
         x = x.to(dtype)
         # Not the caller's own tensor, whose requires_grad is not ours to set.
@@ -289,12 +296,7 @@ class Guide:
 
     def _output(self, state: Tensor, time: Tensor, extra: dict[str, Any]) -> Tensor:
         h = self.discriminator(state, time, **extra)
-        batch = state.shape[0]
-        if not isinstance(h, Tensor):
-            raise TypeError(f"Guide: discriminator must return a tensor of [{batch}] outputs, got {type(h).__name__}")
-        if h.shape not in ((batch,), (batch, 1)):
-            raise ValueError(f"Guide: discriminator must return [{batch}] or [{batch}, 1], got {list(h.shape)}")
-        return h.reshape(batch)
+        return one_output_each("Guide", "discriminator", h, state.shape[0])
 
     def _differentiate(self, state: Tensor, time: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self.calls == 0:

@@ -14,6 +14,7 @@ from .guidance import guidance_factor, guided_step, philox_normal
 from .latent_arguments import Schedule, check_batch_size, check_flow, check_start, divergence_read_by, schedule_of
 from .latent_prior import Prior, log_acceptance, prior_of
 from .latent_ratio import Evaluation, LatentRatio
+from .samples import as_column
 
 # Rows of samples that an early stop compares: the energy distance takes their pairs.
 _STOP_ROWS = 1000
@@ -320,7 +321,7 @@ def _exponential(z: Tensor, seed: int | Tensor, step: int) -> Tensor:
 
 
 def _where(take: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(take.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+    return torch.where(as_column(take, new), new, old)
 
 
 def _chosen(take: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from .density_ratio import density_ratio
 from .divergence import KINDS, parse_divergence
-from .network_checks import refuse_probabilities, refuse_probability_layer, warn_of_training, warn_of_unit_interval
+from .network_checks import (
+    one_output_each,
+    refuse_probabilities,
+    refuse_probability_layer,
+    warn_of_training,
+    warn_of_unit_interval,
+)
 
 
 class Evaluation(NamedTuple):
@@ -147,19 +153,10 @@ class LatentRatio:
 
     def _output(self, x: Tensor) -> Tensor:
         h = self.discriminator.log_ratio(x) if self.calibrated else self.discriminator(x)  # type: ignore[attr-defined]
-        batch = x.shape[0]
-        if not isinstance(h, Tensor):
-            raise TypeError(
-                f"{self.function}: discriminator must return a tensor of [{batch}] outputs, got {type(h).__name__}"
-            )
-        if h.shape not in ((batch,), (batch, 1)):
-            raise ValueError(
-                f"{self.function}: discriminator must return [{batch}] or [{batch}, 1] for {batch} samples, "
-                f"got {list(h.shape)}"
-            )
+        h = one_output_each(self.function, "discriminator", h, x.shape[0])
         if x.requires_grad and not h.requires_grad:
             raise self._no_gradient("discriminator", "samples", h)
-        return h.reshape(batch)
+        return h
 
     def _log_ratio(self, h: Tensor) -> Tensor:
         if self.calibrated:

@@ -50,6 +50,19 @@ def warn_of_training(function: str, argument: str, network: Any, stacklevel: int
             return
 
 
+def one_output_each(function: str, argument: str, h: Any, batch: int) -> Tensor:
+    """The outputs ``[B]`` of a network, which may be ``[B, 1]``.
+
+    Raises:
+        TypeError: no tensor; ValueError: any other shape.
+    """
+    if not isinstance(h, Tensor):
+        raise TypeError(f"{function}: {argument} must return a tensor of [{batch}] outputs, got {type(h).__name__}")
+    if h.shape not in ((batch,), (batch, 1)):
+        raise ValueError(f"{function}: {argument} must return [{batch}] or [{batch}, 1], got {list(h.shape)}")
+    return h.reshape(batch)
+
+
 def _made_by(h: Tensor) -> str:
     """The name of the operation that computed the values, behind those that only reshape or convert them."""
     node = h.grad_fn

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .network_checks import one_output_each
+
 Features = Callable[[Tensor], Tensor]
 
 # Pairs used by the median heuristic: its error is far below what a bandwidth matters.
@@ -159,14 +161,6 @@ def batch_output(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The network's ``[n]`` outputs for a batch; ``[n, 1]`` is squeezed.
 
     Raises:
-        ValueError: any other shape.
+        TypeError: no tensor; ValueError: any other shape.
     """
-    output: Tensor = network(x)
-    if output.ndim == 2 and output.shape[1] == 1:
-        output = output.squeeze(1)
-    if output.ndim != 1 or len(output) != len(x):
-        raise ValueError(
-            f"Discriminator: model must return [{len(x)}] or [{len(x)}, 1] for {len(x)} samples, "
-            f"got {list(output.shape)}"
-        )
-    return output
+    return one_output_each("Discriminator", "model", network(x), x.shape[0])

@@ -77,6 +77,11 @@ def check_samples(real: Any, fake: Any, *, function: str) -> tuple[Tensor, Tenso
     return first, second
 
 
+def as_column(values: Tensor, x: Tensor) -> Tensor:
+    """Values ``[B]``, or one for all, as ``[B, 1, ...]`` beside samples ``[B, ...]``."""
+    return values.reshape(-1, *[1] * (x.dim() - 1))
+
+
 def count_nonfinite(x: Tensor) -> int:
     """How many entries are NaN or infinite, in blocks of bounded memory."""
     rows = max(1, _BLOCK_ELEMENTS // max(1, x[0].numel()))

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .samples import as_column
+
 # Wavelengths from 1.5 to 25 in log sigma: what tells two levels apart by a factor, not by a percent.
 _FREQUENCIES = 8
 _LOWEST, _HIGHEST = 0.25, 4.0
@@ -45,7 +47,7 @@ class NoisyStandardise(nn.Module):
         self.variance.copy_(variance.reshape(self.variance.shape))
 
     def forward(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        level = sigma.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        level = as_column(sigma, x).to(x.dtype)
         mean, variance = self.mean.to(x.dtype), self.variance.to(x.dtype)
         scaled = (x - mean) * torch.rsqrt(variance + level.square())
         gain = torch.rsqrt(1.0 + sigma.to(x.dtype).square() / variance.mean())

@@ -308,7 +308,7 @@ Affine = nn.Linear(2, 2).double()
         (
             {"discriminator": lambda x: x},
             ValueError,
-            "must return [7] or [7, 1] for 7 samples, got [7, 2]",
+            "must return [7] or [7, 1], got [7, 2]",
         ),
         ({"discriminator": lambda x: 1.0}, TypeError, "discriminator must return a tensor of [7] outputs, got float"),
         (
