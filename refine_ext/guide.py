@@ -16,6 +16,7 @@ from .density_ratio import density_ratio
 from .divergence import parse_divergence
 from .guidance import guidance_factor
 from .network_checks import (
+    FirstBad,
     one_output_each,
     refuse_probabilities,
     refuse_probability_layer,
@@ -145,7 +146,7 @@ class Guide:
         self.dtype = dtype
         self.check = check
         self.calls = 0
-        self._first_bad: Tensor | None = None  # the noise level of the first NaN, on the device; +inf for none
+        self._bad = FirstBad()  # by noise level
         if check and self.kind == "logit":
             refuse_probability_layer("Guide", discriminator)
 
@@ -268,10 +269,7 @@ class Guide:
         Raises:
             ValueError: names the lowest noise level at which it did.
         """
-        if self._first_bad is None or (self._first_bad.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        level, self._first_bad = float(self._first_bad), None
-        if math.isfinite(level):
+        if (level := self._bad.take()) is not None:
             raise ValueError(f"Guide: discriminator returned NaN, or its gradient was, at sigma = {level:.6g}")
 
     def _input(self, x: Tensor, sigma: Level, alpha: Level) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -325,8 +323,7 @@ class Guide:
         # One pass without a mask of the gradient's size: a sum is finite where its terms are.
         total = gradient.flatten(1).sum(1, dtype=torch.promote_types(gradient.dtype, torch.float32))
         bad = (h.isnan() | ~total.isfinite()) & (ratio >= self.sigma_min) & (ratio <= self.sigma_max) & ratio.isfinite()
-        first = torch.where(bad, ratio, math.inf).amin()
-        self._first_bad = first if self._first_bad is None else torch.minimum(first, self._first_bad)
+        self._bad.note(bad, ratio)
         if h.device.type == "cpu":
             self.finish()
         capturing = h.is_cuda and torch.cuda.is_current_stream_capturing()

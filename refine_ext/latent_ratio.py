@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from .density_ratio import density_ratio
 from .divergence import KINDS, parse_divergence
 from .network_checks import (
+    FirstBad,
     one_output_each,
     refuse_probabilities,
     refuse_probability_layer,
@@ -81,7 +81,7 @@ class LatentRatio:
         self.unchecked = check and not self.calibrated and self.kind == "logit"
         if self.unchecked:
             refuse_probability_layer(function, discriminator)
-        self.first_bad: Tensor | None = None  # the first step at which something was NaN, on the device; inf for none
+        self.bad = FirstBad()  # by step
 
     def __call__(self, z: Tensor, step: int, *, gradient: bool = True, keep_samples: bool = True) -> Evaluation:
         """log r(G(z)), with its gradient and with the samples if these are wanted. Works under ``no_grad``.
@@ -109,8 +109,7 @@ class LatentRatio:
         Raises:
             ValueError: names the first such step.
         """
-        bad, self.first_bad = self.first_bad, None
-        if bad is not None and math.isfinite(step := bad.item()):
+        if (step := self.bad.take()) is not None:
             cause = (
                 "the discriminator or the generator returns NaN, or an output outside the domain of f*"
                 if step == 0
@@ -122,9 +121,8 @@ class LatentRatio:
 
     def _look(self, result: Evaluation, step: int) -> None:
         bad = result.log_ratio.isnan().any() | ~result.gradient.isfinite().all()
-        first = torch.where(bad, float(step), math.inf)
-        self.first_bad = first if self.first_bad is None else torch.minimum(self.first_bad, first)
-        if not first.is_cuda:
+        self.bad.note(bad, float(step))
+        if not bad.is_cuda:
             self.finish()
 
     def _batch(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

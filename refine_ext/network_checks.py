@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Autograd's names of what makes probabilities, and of what leaves them probabilities.
@@ -61,6 +63,24 @@ def one_output_each(function: str, argument: str, h: Any, batch: int) -> Tensor:
     if h.shape not in ((batch,), (batch, 1)):
         raise ValueError(f"{function}: {argument} must return [{batch}] or [{batch}, 1], got {list(h.shape)}")
     return h.reshape(batch)
+
+
+class FirstBad:
+    """The lowest place (a step, a noise level) at which something was bad, kept on the device: noting does not wait."""
+
+    def __init__(self) -> None:
+        self._place: Tensor | None = None  # +inf for none
+
+    def note(self, bad: Tensor, place: Tensor | float) -> None:
+        first = torch.where(bad, place, math.inf).amin()
+        self._place = first if self._place is None else torch.minimum(first, self._place)
+
+    def take(self) -> float | None:
+        """That place, once, or None; waits for the device. None while a CUDA graph is captured, which cannot wait."""
+        if self._place is None or (self._place.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        place, self._place = float(self._place), None
+        return place if math.isfinite(place) else None
 
 
 def _made_by(h: Tensor) -> str:
