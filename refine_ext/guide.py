@@ -238,14 +238,20 @@ class Guide:
     ) -> Tensor:
         """``[B]`` factors of the gradient, with the weights (the guide's, and one more), the parametrisation's scale
         and the range of noise levels."""
-        sigma, alpha = per_sample(sigma, h, "sigma"), per_sample(alpha, h, "alpha")
-        w = per_sample(_at(self.weight, sigma / alpha), h, "weight")
+        own: Any = self.weight
+        shift: Any = self.shift
+        more = 1.0 if weight is None else weight
+        # Numbers, where all are, go to the kernel without a tensor made for each.
+        if not all(isinstance(value, (int, float)) for value in (sigma, alpha, own, shift, more)):
+            sigma, alpha = per_sample(sigma, h, "sigma"), per_sample(alpha, h, "alpha")
+            own, shift = per_sample(_at(own, sigma / alpha), h, "weight"), _at(shift, sigma / alpha)
+            more = per_sample(more, h, "weight")
         return guidance_factor(
             h,
             divergence=self.divergence,
             kind=self.kind,
-            shift=_at(self.shift, sigma / alpha),
-            weight=w if weight is None else w * per_sample(weight, h, "weight"),
+            shift=shift,
+            weight=own * more,
             sigma=sigma,
             alpha=alpha,
             parametrization=parametrization,
@@ -320,7 +326,12 @@ class Guide:
         return h.detach(), gradient
 
     def _look(self, h: Tensor, gradient: Tensor, ratio: Tensor) -> None:
-        # One pass without a mask of the gradient's size: a sum is finite where its terms are.
+        # A sum is finite where its terms are: one pass without a mask of the gradient's size. The CPU, which can be
+        # asked at once, only looks at the samples one by one where something is wrong.
+        if h.device.type == "cpu" and math.isfinite(float(h.sum()) + float(gradient.sum(dtype=torch.float64))):
+            if self.calls == 0 and self.kind == "logit":
+                warn_of_unit_interval("Guide", h, stacklevel=4)
+            return
         total = gradient.flatten(1).sum(1, dtype=torch.promote_types(gradient.dtype, torch.float32))
         bad = (h.isnan() | ~total.isfinite()) & (ratio >= self.sigma_min) & (ratio <= self.sigma_max) & ratio.isfinite()
         self._bad.note(bad, ratio)
