@@ -215,7 +215,7 @@ def _write_report(refined: Refined, options: RefineOptions, path: Path, facts: d
     help="Reweight a faulty generator, guide a small diffusion, or refine a GAN, a VAE and a flow in latent space.",
 )
 @click.option("--out", default="refine-ext-demo", show_default=True, metavar="DIR", help="Where results go.")
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions.")
+@click.option("--seeds", type=click.IntRange(min=1), show_default="5 of digits, else 3", help="Repetitions.")
 @click.option(
     "--model",
     type=click.Choice(["linear", "mlp"]),
@@ -225,7 +225,7 @@ def _write_report(refined: Refined, options: RefineOptions, path: Path, facts: d
 )
 @click.option("--quick", is_flag=True, help="At most two seeds, and less of everything.")
 @reporting_errors
-def demo(task: str, out: str, seeds: int, model: str, quick: bool) -> None:
+def demo(task: str, out: str, seeds: int | None, model: str, quick: bool) -> None:
     """Refine generators of handwritten digits, judged on held-out digits."""
     from .demo import require_extras
 
@@ -235,6 +235,8 @@ def demo(task: str, out: str, seeds: int, model: str, quick: bool) -> None:
         raise ValueError(f"{folder}: exists and is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    # The networks of a diffusion take a minute a seed to train.
+    seeds = seeds or (5 if task == "digits" else 3)
     seeds = min(seeds, 2) if quick else seeds
     if task == "digits":
         closing = _demo_digits(folder, seeds, model, quick)
