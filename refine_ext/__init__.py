@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
-from . import _C, _library, _ops, _ops_guidance  # noqa: F401  (loads the libraries, registers the ops)
+from . import _C, _library, _ops, _ops_guidance, _ops_rademacher  # noqa: F401  (loads the libraries, registers the ops)
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample

@@ -10,7 +10,14 @@
 namespace refine_ext {
 
 // What the fourth word of a counter says the numbers are for; no two uses of one seed share a counter.
-enum class Stream : uint32_t { resample = 1, rejection = 2, metropolis = 3, noise = 4 };
+enum class Stream : uint32_t {
+  resample = 1,
+  rejection = 2,
+  metropolis = 3,
+  noise = 4,
+  sign = 5,
+  multiplier = 6
+};
 
 // Four words of 32 bits. Word is uint32_t, or a SIMD vector of 64-bit lanes whose upper halves are ignored.
 template <class Word>

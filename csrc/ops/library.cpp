@@ -55,4 +55,21 @@ STABLE_TORCH_LIBRARY(REFINE_EXT_LIBRARY, m) {
       "guidance_factor(Tensor h, Tensor? shift, Tensor? weight, Tensor? sigma, Tensor? alpha, float[] "
       "constants, "
       "int divergence, float alpha_divergence, bool logit, bool flow, int parametrization) -> Tensor");
+  // Rademacher complexity (csrc/math/rademacher_problem.h). supremum: a Supremum; results: suprema [draws]
+  // float64, index [draws] int64, largest [m] float64.
+  m.def(
+      "rademacher_suprema(Tensor outputs, SymInt draws, SymInt first_draw, SymInt seed, int supremum, int "
+      "digits)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rademacher_sums(Tensor(a!) sums, Tensor outputs, SymInt first_row, SymInt first_draw, SymInt seed) -> "
+      "()");
+  m.def(
+      "rademacher_backward(Tensor grad, Tensor index, Tensor outputs, SymInt first_draw, SymInt seed) -> "
+      "Tensor");
+  // Random multipliers [draws, n] in like's dtype: signs, or standard normals.
+  m.def(
+      "multipliers(Tensor like, SymInt n, SymInt draws, SymInt first_row, SymInt first_draw, SymInt seed, "
+      "bool "
+      "normal) -> Tensor");
 }
