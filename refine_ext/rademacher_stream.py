@@ -219,6 +219,7 @@ def multipliers(rows: Tensor, first_row: int, draws: Multipliers) -> Tensor:
 
 def reduce_sums(sums: Tensor, n: int, supremum: int) -> tuple[Tensor, Tensor]:
     """The supremum of each draw's sums divided by n, and the column that has it, coded as by `rademacher_suprema`."""
+    count = torch.full((), n, dtype=torch.float64, device=sums.device)  # a number's reciprocal would be multiplied by
     if supremum == _NORM:
         squares = sums * sums
         lanes = sums.new_zeros(len(sums), _LANES)
@@ -228,10 +229,12 @@ def reduce_sums(sums: Tensor, n: int, supremum: int) -> tuple[Tensor, Tensor]:
         total = lanes[:, 0].clone()
         for lane in range(1, _LANES):
             total += lanes[:, lane]
-        return total.sqrt() / n, torch.full((len(sums),), -1, device=sums.device)
+        # On the CPU torch's square root is not correctly rounded, which the op's is.
+        root = torch.from_numpy(np.sqrt(total.numpy())) if total.device.type == "cpu" else total.sqrt()
+        return root / count, torch.full((len(sums),), -1, device=sums.device)
     column = (sums.abs() if supremum == _MAGNITUDE else sums).argmax(1)
     best = sums.gather(1, column[:, None])[:, 0]
-    return (best.abs() if supremum == _MAGNITUDE else best) / n, torch.where(best < 0, -1 - column, column)
+    return (best.abs() if supremum == _MAGNITUDE else best) / count, torch.where(best < 0, -1 - column, column)
 
 
 def largest_row_norm(rows: Tensor) -> Tensor:
