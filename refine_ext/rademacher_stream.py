@@ -209,12 +209,12 @@ def add_sums(sums: Tensor, block: Tensor, first_row: int, draws: Multipliers) ->
             part = values[row : row + rows]
             for start in range(0, draws.count, step):
                 target = sums[start : start + step]
-                target += multipliers(part, first_row + row, draws.part(start, len(target))) @ part
+                target += multipliers(part, len(part), first_row + row, draws.part(start, len(target))) @ part
 
 
-def multipliers(rows: Tensor, first_row: int, draws: Multipliers) -> Tensor:
-    """[draws, rows] in the rows' dtype."""
-    return ops.multipliers(rows, len(rows), draws.count, first_row, draws.first, draws.seed, draws.normal)
+def multipliers(like: Tensor, n: int, first_row: int, draws: Multipliers) -> Tensor:
+    """[draws, n] of the samples from first_row on, in the dtype and on the device of `like`."""
+    return ops.multipliers(like, n, draws.count, first_row, draws.first, draws.seed, draws.normal)
 
 
 def reduce_sums(sums: Tensor, n: int, supremum: int) -> tuple[Tensor, Tensor]:
@@ -281,5 +281,5 @@ class NormalSuprema(torch.autograd.Function):
                     )
                 for row in range(0, n, 8 * _ALIGNED):
                     target = result[row : row + 8 * _ALIGNED]
-                    target += multipliers(target, row, draws).T @ weights
+                    target += multipliers(target, len(target), row, draws).T @ weights
         return result.to(outputs.dtype), None, None, None, None, None
