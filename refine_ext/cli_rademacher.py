@@ -143,7 +143,7 @@ def _values(source: RowSource, device: Any, memory: int) -> Tensor | Callable[[]
     least = SIGN_BLOCK * source.row_bytes
     if least > memory // 4:
         raise ValueError(
-            f"{source.label}: {SIGN_BLOCK} rows, which are summed at once, take {least / 2**20:.0f} MiB; --memory must "
+            f"{source.label}: {SIGN_BLOCK} rows, which are summed at once, take {least / 2**20:.1f} MiB; --memory must "
             "be four times that"
         )
     return lambda: blocks(max(least, memory // 8))

@@ -55,7 +55,8 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, block), where every first row is a multiple of 1024."""
-        row, pieces, held = 0, [], 0  # of less than 1024 rows
+        pieces: list[Tensor] = []  # of less than 1024 rows
+        row = held = 0
         for block in self._blocks():
             while held + len(block) >= SIGN_BLOCK:
                 if pieces:
