@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
 from . import _C, _library, _ops, _ops_guidance, _ops_rademacher  # noqa: F401  (loads the libraries, registers the ops)
+from .complexity_estimate import Estimate
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
+from .rademacher import rademacher, rademacher_l1, rademacher_linear
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
+    from .rkhs import rademacher_rkhs
     from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
@@ -53,6 +56,7 @@ _LAZY = {
     "latent_flow": "latent",
     "latent_langevin": "latent",
     "DiscriminatorGuidance": "modular",
+    "rademacher_rkhs": "rkhs",
     "wrap_scheduler": "schedulers",
 }
 
@@ -61,6 +65,7 @@ __all__ = [
     "DiffusionDiscriminator",
     "Discriminator",
     "DiscriminatorGuidance",
+    "Estimate",
     "Guide",
     "LatentFlow",
     "LatentLangevin",
@@ -80,6 +85,10 @@ __all__ = [
     "metropolis",
     "philox_normal",
     "post_cfg",
+    "rademacher",
+    "rademacher_l1",
+    "rademacher_linear",
+    "rademacher_rkhs",
     "rejection",
     "resample",
     "sample_edm",
