@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
+    from .neural_complexity import rademacher_neural
     from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
@@ -55,6 +56,7 @@ _LAZY = {
     "latent_flow": "latent",
     "latent_langevin": "latent",
     "DiscriminatorGuidance": "modular",
+    "rademacher_neural": "neural_complexity",
     "wrap_scheduler": "schedulers",
 }
 
@@ -86,6 +88,7 @@ __all__ = [
     "rademacher",
     "rademacher_l1",
     "rademacher_linear",
+    "rademacher_neural",
     "rejection",
     "resample",
     "sample_edm",
