@@ -91,9 +91,9 @@ def rademacher_neural(
             constraint: of its norm at the start) along the momentum of its normalised gradients.
         restarts: starts of each draw, of which the best one counts.
         first_draw: number of the first draw, so that parts of one run can be merged.
-        draws_at_once: networks trained together. None: as many as keep what the backward pass needs below
-            256 MiB; if one alone does not fit, its samples go through in blocks. Values do not depend on it beyond
-            the rounding of the network's matrix products.
+        draws_at_once: draws whose networks, `restarts` of each, are trained together. None: as many as keep what the
+            backward pass needs below 256 MiB; where one does not fit, samples go through in blocks. Values do not
+            depend on it beyond the rounding of the network's matrix products.
         outputs: a tensor ``[n, draws]`` to fill with the outputs of the networks found. They are a finite class inside
             this one: `rademacher` of them with another seed is a lower estimate whose signs no search has seen.
         progress: show a progress bar if it takes more than a second.
@@ -134,9 +134,9 @@ def rademacher_neural(
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x
         saved = _probe(module, parameters, x)
-        at_once = max(1, _MEMORY // (saved * len(x))) if draws_at_once is None else draws_at_once
+        at_once = max(1, _MEMORY // (saved * restarts * len(x))) if draws_at_once is None else draws_at_once
         at_once = min(draws, whole(_FUNCTION, "draws_at_once", at_once, 1))
-        rows = max(1, _MEMORY // (saved * at_once))
+        rows = max(1, _MEMORY // (saved * restarts * at_once))
         search = _Search(
             module,
             x,
@@ -168,20 +168,19 @@ def _over_draws(
 
     first, count = draws
     parts = []
-    total = -(-count // at_once) * search.restarts * search.steps
-    with tqdm(total=total, desc="network class", disable=not progress, delay=1.0) as bar:
+    with tqdm(total=-(-count // at_once) * search.steps, desc="network class", disable=not progress, delay=1.0) as bar:
         for start in range(0, count, at_once):
             these = range(first + start, first + min(start + at_once, count))
             signs = ops.multipliers(search.x, len(search.x), len(these), 0, these.start, seed, False)
-            best: _Found | None = None
-            for restart in range(search.restarts):
-                found = _ascend(search, _start(search, parameters, seed, these, restart), signs, bar.update)
-                best = found if best is None else _better(found, best)
-            assert best is not None
-            parts.append(best.value)
+            starts = _starts(search, parameters, seed, these)
+            found = _ascend(search, starts, signs.repeat(search.restarts, 1), bar.update)
+            value, restart = found.value.view(search.restarts, len(these)).max(0)
+            parts.append(value)
             if outputs is not None:
+                place = restart * len(these) + torch.arange(len(these), device=restart.device)
+                best = {name: p[place] for name, p in found.parameters.items()}
                 with torch.no_grad():
-                    made = [_networks(search.module, best.parameters, x) for x in search.x.split(search.rows)]
+                    made = [_networks(search.module, best, x) for x in search.x.split(search.rows)]
                     outputs[:, start : start + len(these)] = torch.cat(made, 1).T
     return torch.cat(parts)
 
@@ -244,16 +243,17 @@ def _networks(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
     return torch.func.vmap(lambda each: torch.func.functional_call(module, each, (x,)).reshape(len(x)))(parameters)
 
 
-def _start(search: _Search, parameters: Parameters, seed: int, draws: range, restart: int) -> Parameters:
-    """Normal numbers of each draw's own, brought into the class: of named balls to their edge."""
-    seeds = torch.arange(draws.start, draws.stop, device=search.x.device) + seed  # of keys only equality matters
+def _starts(search: _Search, parameters: Parameters, seed: int, draws: range) -> Parameters:
+    """Normal numbers of each draw's own, [restarts * draws, ...], brought into the class: of balls to their edge."""
+    seeds = torch.arange(draws.start, draws.stop, device=search.x.device) + seed  # wraps around, as good a key
     scale = {name: _FAR * layer.radius if search.named else 1.0 for layer in search.layers for name in layer.parameters}
-    start = {}
+    starts = {}
     for k, (name, p) in enumerate(parameters.items()):
-        step = restart * len(parameters) + k
-        numbers = philox_normal((len(draws), *p.shape), seeds, step=step, dtype=p.dtype, device=p.device)
-        start[name] = scale[name] * numbers
-    return search.project(start)
+        steps = range(k, search.restarts * len(parameters), len(parameters))
+        size = (len(draws), *p.shape)
+        numbers = [philox_normal(size, seeds, step=step, dtype=p.dtype, device=p.device) for step in steps]
+        starts[name] = scale[name] * torch.cat(numbers)
+    return search.project(starts)
 
 
 def _better(new: _Found, old: _Found) -> _Found:
