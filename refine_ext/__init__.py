@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
     from .neural_complexity import rademacher_neural
+    from .norm_bounds import rademacher_norm_bounds
     from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
@@ -57,6 +58,7 @@ _LAZY = {
     "latent_langevin": "latent",
     "DiscriminatorGuidance": "modular",
     "rademacher_neural": "neural_complexity",
+    "rademacher_norm_bounds": "norm_bounds",
     "wrap_scheduler": "schedulers",
 }
 
@@ -89,6 +91,7 @@ __all__ = [
     "rademacher_l1",
     "rademacher_linear",
     "rademacher_neural",
+    "rademacher_norm_bounds",
     "rejection",
     "resample",
     "sample_edm",
