@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
+    from .local_complexity import LocalComplexity, rademacher_local
     from .modular import DiscriminatorGuidance
+    from .neural_complexity import rademacher_neural
+    from .norm_bounds import rademacher_norm_bounds
     from .rkhs import rademacher_rkhs
     from .schedulers import wrap_scheduler
 
@@ -55,7 +58,11 @@ _LAZY = {
     "LatentLangevin": "latent",
     "latent_flow": "latent",
     "latent_langevin": "latent",
+    "LocalComplexity": "local_complexity",
+    "rademacher_local": "local_complexity",
     "DiscriminatorGuidance": "modular",
+    "rademacher_neural": "neural_complexity",
+    "rademacher_norm_bounds": "norm_bounds",
     "rademacher_rkhs": "rkhs",
     "wrap_scheduler": "schedulers",
 }
@@ -69,6 +76,7 @@ __all__ = [
     "Guide",
     "LatentFlow",
     "LatentLangevin",
+    "LocalComplexity",
     "Metropolis",
     "RefinedDenoiser",
     "Rejection",
@@ -88,6 +96,9 @@ __all__ = [
     "rademacher",
     "rademacher_l1",
     "rademacher_linear",
+    "rademacher_local",
+    "rademacher_neural",
+    "rademacher_norm_bounds",
     "rademacher_rkhs",
     "rejection",
     "resample",
