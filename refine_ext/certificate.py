@@ -92,7 +92,7 @@ class RefinementCertificate:
 
     @property
     def deviation_term(self) -> float:
-        """complexity_term + confidence_term: how far E_P h and E_real h may be apart, for all h of the class at once."""
+        """complexity_term + confidence_term: how far E_P h and E_real h can be apart, for all h of H at once."""
         return self.complexity_term + self.confidence_term
 
     @property
@@ -190,8 +190,7 @@ class RefinementCertificate:
         from .certificate_figure import draw_certificate
         from .report import save_figure
 
-        where = _output_path("RefinementCertificate.plot", path, ".png")
-        save_figure(draw_certificate(self), where)
+        save_figure(draw_certificate(self), _output_path("RefinementCertificate.plot", path, ".png"))
 
     def __str__(self) -> str:
         from .certificate_text import table
@@ -199,10 +198,8 @@ class RefinementCertificate:
         return table(self)
 
     def __repr__(self) -> str:
-        return (
-            f"RefinementCertificate(bound_refined={self.bound_refined:.6g}, bound_unrefined={self.bound_unrefined:.6g}, "
-            f"probability={self.probability:g})"
-        )
+        bounds = f"bound_refined={self.bound_refined:.6g}, bound_unrefined={self.bound_unrefined:.6g}"
+        return f"RefinementCertificate({bounds}, probability={self.probability:g})"
 
 
 def refinement_certificate(

@@ -152,7 +152,7 @@ def draw_log_ratios(axes: Axes, groups: Sequence[tuple[str, np.ndarray, str]]) -
     axes.set_xlabel("log r (nats)")
     axes.set_yticks([])
     axes.legend(frameon=False, fontsize=9)
-    _bare(axes)
+    bare(axes)
 
 
 def draw_weights(axes: Axes, weights: np.ndarray, ess: float) -> None:
@@ -169,7 +169,7 @@ def draw_weights(axes: Axes, weights: np.ndarray, ess: float) -> None:
     axes.set_title(f"effective samples {ess:.0f} of {len(weights)} ({ess / len(weights):.0%})", fontsize=10)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.01)
-    _bare(axes)
+    bare(axes)
 
 
 def draw_measure(
@@ -214,10 +214,10 @@ def draw_measure(
     axes.set_title(f"{title}\n", fontsize=11, fontweight="bold")
     axes.text(0.5, 1.03, direction, transform=axes.transAxes, ha="center", fontsize=9, color="0.4")
     axes.margins(y=0.28)
-    _bare(axes)
+    bare(axes)
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
