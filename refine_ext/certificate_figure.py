@@ -32,7 +32,7 @@ def draw_terms(axes: Axes, certificate: RefinementCertificate, samples: Mapping[
     """
     c = certificate
     longest = max(samples.values()) + c.deviation_term
-    for row, (name, ipm) in enumerate(samples.items()):
+    for row, ipm in enumerate(samples.values()):
         left = 0.0
         pieces = (
             (ipm, BEFORE if row == 0 else AFTER, "white", "IPM to the real sample"),
@@ -98,7 +98,9 @@ def draw_curve(improvement: Axes, misfit: Axes, search: NormBoundSearch) -> None
 def draw_search(search: NormBoundSearch) -> Figure:
     """The terms at the chosen norm bound, and the curves it was chosen by."""
     figure = new_figure(11, 6.4, f"Norm bound {search.norm_bound:.3g} for {search.certificate.divergence}")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[0.8, 1.0])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[0.8, 1.0])
+    upper, lower = parts
     draw_terms(upper.add_subplot(), search.certificate, _own_samples(search.certificate))
-    draw_curve(*lower.subplots(1, 2), search)
+    left, right = lower.subplots(1, 2)
+    draw_curve(left, right, search)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,43 +97,63 @@ class _CrossPolytope:
 def _maximise_quadratic(hessian: Tensor, linear: Tensor, radius: float, start: Tensor) -> Tensor:
     """argmax of ``c'v - v'Hv/2`` over ``v >= 0``, ``sum v <= radius``, by an active set, from a feasible start.
 
-    With the coordinates of a set ``S`` free and the others zero, ``H_SS v = c_S - l 1``, where ``l`` belongs to the
+    With the coordinates of a set ``S`` free and the others zero, ``(c - H v)_S = l 1``, where ``l`` belongs to the
     sum: zero while the sum is below the radius. A step towards that point stops where a coordinate reaches zero,
-    which then leaves the set, or the sum the radius. Once the point is reached, coordinates of positive slope join, or
-    a negative ``l`` lets the sum go. The objective rises from one such point to the next, so that no set comes back.
+    which then leaves the set, or the sum the radius. Once the point is reached, coordinates of greater slope than
+    ``l`` join, or a negative ``l`` lets the sum go. The objective rises from one such point to the next, so that no
+    set comes back. A ridge on the step, not on v, settles singular H and is refined away.
     """
     count = len(linear)
-    hessian = hessian + torch.diag(_RIDGE * hessian.diagonal().mean().expand(count) + 1e-300)
-    tolerance = 1e-13 * float(linear.abs().amax())
+    tolerance = 1e-14 * max(float(linear.abs().amax()), float(hessian.diagonal().mean()) * radius)
     value, free = start.clone(), start > 0
     bound = float(value.sum()) >= (1.0 - 1e-12) * radius
+    spread_before = math.inf
     for _ in range(20 * count + 100):
         inside = free.nonzero().squeeze(1)
-        factor = torch.linalg.cholesky(hessian[inside][:, inside])
-        ones = torch.ones_like(linear[inside])
-        plain, spread = torch.cholesky_solve(torch.stack([linear[inside], ones], 1), factor).unbind(1)
-        multiplier = (float(plain.sum()) - radius) / float(spread.sum()) if bound else 0.0
-        now, goal = value[inside], plain - multiplier * spread
-        steps = torch.where(goal <= 0.0, now / (now - goal).clamp_min(1e-300), 1.0)
+        now, room = value[inside], radius - float(value.sum())
+        change = _newton_step(hessian[inside][:, inside], (linear - hessian @ value)[inside], room if bound else None)
+        goal = now + change
+        steps = torch.where(goal <= 0.0, now / (-change).clamp_min(1e-300), 1.0)
         step = float(steps.amin()) if len(inside) else 1.0
-        rise = float((goal - now).sum())
-        room = radius - float(now.sum())
+        rise = float(change.sum())
         if not bound and step * rise > room:
-            step, bound = max(0.0, room) / rise, True
-            value[inside] = now + step * (goal - now)
+            value[inside] = now + max(0.0, room) / rise * change
+            bound, spread_before = True, math.inf
             continue
         if bool((goal <= 0.0).any()):
-            value[inside] = torch.where(steps <= step, 0.0, now + step * (goal - now))
+            value[inside] = torch.where(steps <= step, 0.0, now + step * change)
             free[inside] = steps > step
-            bound = bound and bool(free.any())
+            bound, spread_before = bound and bool(free.any()), math.inf
             continue
         value[inside] = goal
-        slope = (linear - hessian @ value - multiplier).masked_fill(free, 0.0)
-        steepest = float(slope.amax())
+        slope = linear - hessian @ value
+        multiplier = float(slope[inside].mean()) if bound else 0.0
+        spread = float((slope[inside] - multiplier).abs().amax()) if len(inside) else 0.0
+        if tolerance < spread < 0.5 * spread_before:
+            spread_before = spread
+            continue
+        spread_before = math.inf
+        steepest = float((slope - multiplier).masked_fill(free, 0.0).amax())
         if bound and -multiplier > max(tolerance, steepest):
             bound = False
-        elif steepest > tolerance:
-            free |= slope > 0.5 * steepest
+        elif steepest > max(tolerance, 2 * spread):
+            free |= slope - multiplier > 0.5 * steepest
         else:
             break
     return value * min(1.0, radius / max(float(value.sum()), 1e-300))
+
+
+def _newton_step(hessian: Tensor, slope: Tensor, total: float | None) -> Tensor:
+    """argmax of ``s'd - d'Hd/2``, with ``sum d`` the given total: the last coordinate is what the others leave of it."""
+    last = slope.new_zeros(len(slope))
+    if total is not None:
+        last[-1] = total
+        slope = slope - hessian[:, -1] * total
+        slope = slope[:-1] - slope[-1]
+        edge = hessian[:-1, -1]
+        hessian = hessian[:-1, :-1] - edge - edge[:, None] + hessian[-1, -1]
+    if not len(slope):
+        return last
+    damped = hessian + torch.diag((_RIDGE * hessian.diagonal().mean() + 1e-300).expand(len(slope)))
+    step = torch.cholesky_solve(slope[:, None], torch.linalg.cholesky(damped)).squeeze(1)
+    return step if total is None else last + torch.cat([step, -step.sum()[None]])
