@@ -144,7 +144,7 @@ def _maximise_quadratic(hessian: Tensor, linear: Tensor, radius: float, start: T
 
 
 def _newton_step(hessian: Tensor, slope: Tensor, total: float | None) -> Tensor:
-    """argmax of ``s'd - d'Hd/2``, with ``sum d`` the given total: the last coordinate is what the others leave of it."""
+    """argmax of ``s'd - d'Hd/2``, with a given ``sum d``: the last coordinate is what the others leave."""
     last = slope.new_zeros(len(slope))
     if total is not None:
         last[-1] = total

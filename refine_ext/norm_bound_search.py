@@ -131,7 +131,7 @@ def suggest_norm_bound(
     """
     name = "suggest_norm_bound"
     problem = certificate_problem(name, real, fake, divergence, feature_bound, delta, draws, seed, hull, tolerance)
-    grid = None if bounds is None else sorted(positive(name, "bounds", float(b)) for b in bounds)
+    grid = None if bounds is None else sorted(positive(name, "bounds", b) for b in bounds)
     if grid is not None and not grid:
         raise ValueError(f"{name}: bounds must hold at least one number")
     search = _Search(problem, progress)
