@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .certificate import RefinementCertificate
     from .norm_bound_search import NormBoundSearch
+    from .pipeline_certificate import JobCertificate
 
 _COMPLEXITY, _CONFIDENCE = "#8a8d91", "#c4c7ca"
 _TARGETS = {
@@ -104,3 +105,12 @@ def draw_search(search: NormBoundSearch) -> Figure:
     left, right = lower.subplots(1, 2)
     draw_curve(left, right, search)
     return figure
+
+
+def draw_job(figure: Any, job: JobCertificate) -> None:
+    """The certificate's row of a refine job's picture."""
+    grid = figure.add_gridspec(1, 3, width_ratios=[2.0, 1.0, 1.0])
+    terms = figure.add_subplot(grid[0, 0] if job.search is not None else grid[0, :])
+    draw_terms(terms, job.certificate, job.samples)
+    if job.search is not None:
+        draw_curve(figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[0, 2]), job.search)

@@ -253,10 +253,11 @@ def _draw_samples(figure: Any, grid: Any, samples: Samples, verdict: str) -> Non
 
 
 def draw_refined(refined: Refined, title: str) -> Figure:
-    """The picture of one refine job: samples, log-ratios, weights, and the held-out measures."""
-    figure = new_figure(19, 8.6, title)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.0, 0.95])
-    upper, lower = parts
+    """The picture of one refine job: samples, log-ratios, weights, the held-out measures, and its certificate."""
+    heights = [1.0, 0.95] if refined.certificate is None else [1.0, 0.95, 0.8]
+    figure = new_figure(19, 4.4 * sum(heights), title)
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    upper, lower = parts[:2]
     if refined.samples is not None:
         _draw_samples(upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples, refined.verdict)
     names = measured(refined.before, refined.after) if refined.before and refined.after else []
@@ -269,4 +270,8 @@ def draw_refined(refined: Refined, title: str) -> Figure:
     for column, name in enumerate(names):
         values = [getattr(sample, name) for sample in (refined.before, refined.after)]
         draw_measure(lower.add_subplot(grid[0, 2 + column]), name, values[:1], values[1:])
+    if refined.certificate is not None:
+        from .certificate_figure import draw_job
+
+        draw_job(parts[2], refined.certificate)
     return figure
