@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
 from . import _C, _library, _ops, _ops_guidance, _ops_rademacher  # noqa: F401  (loads the libraries, registers the ops)
+from .complexity_estimate import Estimate
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
+from .rademacher import rademacher, rademacher_l1, rademacher_linear
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
@@ -61,6 +63,7 @@ __all__ = [
     "DiffusionDiscriminator",
     "Discriminator",
     "DiscriminatorGuidance",
+    "Estimate",
     "Guide",
     "LatentFlow",
     "LatentLangevin",
@@ -80,6 +83,9 @@ __all__ = [
     "metropolis",
     "philox_normal",
     "post_cfg",
+    "rademacher",
+    "rademacher_l1",
+    "rademacher_linear",
     "rejection",
     "resample",
     "sample_edm",
