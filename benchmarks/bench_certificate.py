@@ -82,8 +82,8 @@ def expectation(known: Truth, certificate: rx.RefinementCertificate) -> Tensor |
 
 def repetition(setting: Setting, index: int) -> dict[str, Any]:
     """One certificate beside the truth, over B. The same samples whatever the divergence and B."""
-    started = time.thread_time()
     known, b = truth(setting.problem), setting.norm_bound
+    started = time.thread_time()
     real = known.real(setting.n, seed_of(setting.problem, "real", setting.n, index))
     fake = known.fake(setting.num_fake, seed_of(setting.problem, "fake", setting.num_fake, index))
     made = rx.refinement_certificate(

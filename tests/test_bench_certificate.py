@@ -57,12 +57,12 @@ def test_the_refined_generator_of_another_sample_is_not_the_refined_sample():
 
 
 def test_violations_are_seen_and_counted():
-    """A model that is the truth: refinement fits noise, and the training IPM alone must be exceeded."""
+    """A model that is the truth: refinement fits noise, and the truth exceeds nearly every training IPM."""
     setting = Setting("mixture, perfect model", n=50, num_fake=50)
     records = [repetition(setting, index) for index in range(20)]
     row = summary(setting, records)
     assert row["repetitions"] == 20 and row["converged"] == 20
-    assert row["violated"]["training"]["count"] == 20 and row["violated"]["bound"]["count"] == 0
+    assert row["violated"]["training"]["count"] >= 15 and row["violated"]["bound"]["count"] == 0
     for record in records[:3]:  # a bound that is wrong three times
         record["bound"] = 0.5 * record["truth"]
     violated = summary(setting, records)["violated"]["bound"]
