@@ -29,7 +29,7 @@ def test_a_repetition_obeys_the_theory(problem):
     assert record["unrefined_bound"] - record["bound"] == pytest.approx(record["gain"], abs=1e-9)
     # by the triangle inequality through P_n
     assert abs(record["truth"] - record["training"]) <= record["deviation"] + 1e-9
-    assert record["truth"] <= record["bound"]
+    assert record["truth"] <= record["bound"] and record["certified_improvement"] <= record["improvement"]
     assert 0 < record["effective_share"] <= 1
     assert ("generator" in record) == (truth(problem).nodes is not None)
 
@@ -147,11 +147,14 @@ def test_what_the_committed_run_shows():
     assert {row["problem"] for row in rows} == set(PROBLEMS)
     for row in rows:
         assert row["violated"]["bound"]["high"] < delta and row["unrefined_violated"]["high"] < delta
-        assert row["better_where_proven"]["count"] == row["better_where_proven"]["of"]
+        assert row["duality_violated"]["high"] < delta and row["improvement_violated"]["high"] < delta
+        for proven in ("better_where_proven", "improved_where_certified"):
+            assert row[proven]["count"] == row[proven]["of"]
         assert row["converged"] == row["repetitions"] >= 200
         assert row["largest_duality_excess"] < 1e-7
     one = next(row for row in rows if row["problem"] == "mixture, one function" and row["n"] == 10_000)
     assert one["violated"]["no_confidence"]["low"] > delta
-    assert sum(row["better_where_proven"]["of"] for row in rows) > 0
+    for proven in report_certificate.PROVEN:
+        assert sum(row[proven]["of"] for row in rows) > 0
     assert roofline.source_of(report.ROOT / "docs" / "certificate.png") == roofline.fingerprint(rows)
     assert "| digits, hull |" in report_certificate.table(RESULT)
