@@ -22,6 +22,7 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .certificate import RefinementCertificate, refinement_certificate
     from .denoiser import RefinedDenoiser, post_cfg
     from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
+    from .norm_bound_search import NormBoundSearch, suggest_norm_bound
     from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "RefinementCertificate": "certificate",
+    "refinement_certificate": "certificate",
     "RefinedDenoiser": "denoiser",
     "post_cfg": "denoiser",
     "DiffusionDiscriminator": "diffusion_discriminator",
@@ -55,6 +59,8 @@ _LAZY = {
     "latent_flow": "latent",
     "latent_langevin": "latent",
     "DiscriminatorGuidance": "modular",
+    "NormBoundSearch": "norm_bound_search",
+    "suggest_norm_bound": "norm_bound_search",
     "wrap_scheduler": "schedulers",
 }
 
@@ -68,7 +74,9 @@ __all__ = [
     "LatentFlow",
     "LatentLangevin",
     "Metropolis",
+    "NormBoundSearch",
     "RefinedDenoiser",
+    "RefinementCertificate",
     "Rejection",
     "VPSchedule",
     "density_ratio",
@@ -86,9 +94,11 @@ __all__ = [
     "rademacher",
     "rademacher_l1",
     "rademacher_linear",
+    "refinement_certificate",
     "rejection",
     "resample",
     "sample_edm",
+    "suggest_norm_bound",
     "variational_bound",
     "wrap_scheduler",
 ]

@@ -32,7 +32,7 @@ class Estimate:
         largest: max |f(x_i)| over what was seen, a number or a tensor whose maximum it is; None where unknown.
         given_bound: max |f(x_i)| as the caller knows it, which is not below what was seen.
         enumerated: whether the draws are all 2^n sign vectors, once each.
-        looks: at how many numbers of draws it was decided whether to go on; what `upper` pays for it.
+        looks_price: what `upper` divides delta by where the number of draws was chosen by looking at them (`stderr=`).
         pending: a check that has to wait for the device and runs at the first number that is read.
     """
 
@@ -47,7 +47,7 @@ class Estimate:
     largest: Tensor | float | None = None
     given_bound: float | None = None
     enumerated: bool = False
-    looks: int = 1
+    looks_price: int = 1
     pending: Callable[[], None] | None = None
 
     @property
@@ -102,12 +102,12 @@ class Estimate:
         return len(torch.unique(torch.cat(codes)))
 
     def upper(self, delta: float = 0.05) -> float:
-        """mean + M sqrt(2 log(looks / delta) / (n draws)): above the complexity with probability at least 1 - delta.
+        """mean + M sqrt(2 log(1/delta) / (n draws)): above the complexity with probability at least 1 - delta.
 
         For signs by McDiarmid's inequality (one sign moves the mean by at most 2M / (n draws)), for normal
-        multipliers by the concentration of Lipschitz functions of normals, with the same constant. With
-        `stderr=` the number of draws was chosen from `looks` of them, hence the union bound. The mean itself
-        for all sign vectors.
+        multipliers by the concentration of Lipschitz functions of normals, with the same constant. Where `stderr=`
+        chose the number of draws at the l-th look, that look gets delta / (l (l + 1)) of delta. All sign vectors have
+        no error: the mean itself.
 
         Raises:
             ValueError: a delta that is not between 0 and 1; suprema that are lower estimates; an unknown M.
@@ -120,7 +120,7 @@ class Estimate:
             return float(self)
         if math.isnan(self.bound) and not math.isnan(float(self)):
             raise ValueError(f"Estimate.upper: no bound of |f| is known for {self.family}; give bound=")
-        return float(self) + self.bound * math.sqrt(2 * math.log(self.looks / delta) / (self.n * self.draws))
+        return float(self) + self.bound * math.sqrt(2 * math.log(self.looks_price / delta) / (self.n * self.draws))
 
     def merge(self, other: Estimate) -> Estimate:
         """This estimate and another one's draws of the same seed on the same outputs: that of one run of them all.
@@ -151,8 +151,8 @@ class Estimate:
                 ranges.append((first, len(suprema)))
         index = None if self.index is None else torch.cat([part for _, _, part in parts if part is not None])
         suprema = torch.cat([part for _, part, _ in parts])
-        looks = self.looks * other.looks
-        return replace(self, suprema=suprema, ranges=tuple(ranges), index=index, looks=looks, pending=None)
+        price = self.looks_price * other.looks_price
+        return replace(self, suprema=suprema, ranges=tuple(ranges), index=index, looks_price=price, pending=None)
 
     def to_dict(self, delta: float | None = None) -> dict[str, Any]:
         """Plain numbers and strings for JSON, None for what is not known; with `delta`, `upper(delta)` too."""
@@ -163,7 +163,7 @@ class Estimate:
             "draws": self.draws,
             "effective_draws": self.effective_draws,
             "draw_ranges": [list(each) for each in self.ranges],
-            "looks": self.looks,
+            "looks_price": self.looks_price,
             "seed": self.seed,
             "family": self.family,
             "kind": self.kind,
@@ -175,12 +175,11 @@ class Estimate:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
 
     def __str__(self) -> str:
+        every = "all " if self.enumerated else ""
         multipliers = "sign vectors" if self.distribution == "rademacher" else "normal vectors"
-        if self.enumerated:
-            return f"{float(self):.6g} ({self.family}; all {self.draws} sign vectors, n = {self.n})"
-        lower = "lower estimate; " if self.kind == "lower" else ""
-        error = f" ± {self.stderr:.2g}" if self.draws > 1 else ""
-        return f"{float(self):.6g}{error} ({lower}{self.family}; {self.draws} {multipliers}, n = {self.n})"
+        lower = "lower estimate, " if self.kind == "lower" else ""
+        error = f" ± {self.stderr:.2g}" if self.stderr > 0 else ""
+        return f"{float(self):.6g}{error} ({lower}{self.family}, {every}{self.draws} {multipliers}, n = {self.n})"
 
     def __repr__(self) -> str:
         return f"Estimate({self})"

@@ -102,8 +102,7 @@ def _maximise_quadratic(hessian: Tensor, linear: Tensor, radius: float, start: T
     a negative ``l`` lets the sum go. The objective rises from one such point to the next, so that no set comes back.
     """
     count = len(linear)
-    diagonal = hessian.diagonal()
-    hessian = hessian + torch.diag(torch.full_like(diagonal, _RIDGE * float(diagonal.mean()) + 1e-300))
+    hessian = hessian + torch.diag(_RIDGE * hessian.diagonal().mean().expand(count) + 1e-300)
     tolerance = 1e-13 * float(linear.abs().amax())
     value, free = start.clone(), start > 0
     bound = float(value.sum()) >= (1.0 - 1e-12) * radius

@@ -153,15 +153,15 @@ def maximise(problem: Tight | _Logistic, weight: Tensor, ball: Ball, tolerance: 
         iteration += 1
         target = ball.target(problem, model, weight)
         slope = float(model.gradient @ (target - weight))
-        if slope <= 0.0:
+        # Near the optimum the rise is below the rounding of the value: then the gap decides.
+        rounding = 1e-14 * max(1.0, abs(model.value))
+        if slope <= -10 * rounding:
             break
         candidate, step = None, 1.0
         while step > 1e-12:
             point = weight + step * (target - weight)
             trial = problem.model(point)
-            # Near the optimum the rise is below the rounding of the value: then the gap decides.
-            rounding = 1e-14 * max(1.0, abs(model.value))
-            rises = trial.value >= model.value + 1e-4 * step * slope
+            rises = slope > 0.0 and trial.value >= model.value + 1e-4 * step * slope
             flat = step * slope < 10 * rounding and trial.value >= model.value - rounding
             if rises or (flat and ball.gap(trial.gradient, point) < gap):
                 candidate = (point, trial)
