@@ -7,7 +7,7 @@ from typing import Any
 
 import roofline
 
-SHOWN_N = (100, 1000, 10_000)
+SHOWN = (100, 1000, 10_000)  # of n, and of N
 BOUNDS = {
     "bound": "the bound",
     "no_confidence": "without its confidence term",
@@ -68,12 +68,28 @@ def _sizes(document: dict[str, Any]) -> list[str]:
     ]
     for problem in dict.fromkeys(row["problem"] for row in rows):
         for row in _varied(rows, problem, "n"):
-            if row["n"] in SHOWN_N:
+            if row["n"] in SHOWN:
                 cells = [f"{row['mean'][name]:.3g}" for name in columns]
                 cells += [f"{row['margin_over_needed']:.0f}×", _percent(row["better"]["count"] / row["better"]["of"])]
-                first = problem if row["n"] == SHOWN_N[0] else ""
+                first = problem if row["n"] == SHOWN[0] else ""
                 lines.append(f"| {first} | {row['n']:,} | {' | '.join(cells)} |")
     return lines
+
+
+def _generator(document: dict[str, Any]) -> str:
+    """What it costs if the model is not the generated sample but its generator."""
+    rows = [row for row in _varied(document["rows"], DRAWN, "num_fake") if row["num_fake"] in SHOWN]
+    sizes, sample, generator = (
+        ", ".join(texts)
+        for texts in (
+            [f"{row['num_fake']:,}" for row in rows],
+            *([f"{row['mean'][name]:.3g}" for row in rows] for name in ("truth", "generator")),
+        )
+    )
+    return (
+        f"The bound is about the sample: from N = {sizes} generated samples ({DRAWN}), IPM(P, Q̂) is {sample} for the "
+        f"refined sample, and {generator} for the generator refined by the same discriminator. "
+    )
 
 
 def table(document: dict[str, Any]) -> str:
@@ -88,6 +104,7 @@ def table(document: dict[str, Any]) -> str:
     end = (
         f"\nMeans for the class of norm bound 1, `kl`, N = {BASE['num_fake']:,}, B = {BASE['norm_bound']:g}. Margin: "
         f"what the bound adds to the training IPM, over the least that {1 - document['delta']:.0%} of samples need. "
+        f"{_generator(document)}"
         f"{document['cpu_seconds'] / 60:.0f} CPU minutes on {facts['cpu']}, torch {facts['torch']}, commit "
         f"{facts['commit']}, {facts['date']}."
     )
