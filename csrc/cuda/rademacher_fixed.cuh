@@ -128,18 +128,20 @@ __global__ void __launch_bounds__(kFixedThreads, 2)
   const int64_t first = block * kSignBlock, left = matrix.n - first;
   const int rows = static_cast<int>(left < kSignBlock ? left : kSignBlock);
   const int chunk = rank % kChunks;
-  const auto row_of = [&](int g, int i) { return (rank / kChunks + g * L::kApart) * kGroup + chunk + 8 * i; };
+  const int first_row = rank / kChunks * kGroup + chunk;
 
   C values[L::kOwnGroups][16], peak = C(0);
-  const T* const from = static_cast<const T*>(matrix.data) + first * matrix.stride + column;
+  const T* from = static_cast<const T*>(matrix.data) + (first + first_row) * matrix.stride + column;
   const bool inside = column < matrix.m;
 #pragma unroll
   for (int g = 0; g < L::kOwnGroups; ++g) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const int row = row_of(g, i);
-      values[g][i] = inside && row < rows ? widen(from[row * matrix.stride]) : C(0);
+      const bool given = inside && first_row + g * L::kApart * kGroup + 8 * i < rows;
+      values[g][i] = given ? widen(*from) : C(0);
+      from += 8 * matrix.stride;
     }
+    from += (L::kApart - 1) * kGroup * matrix.stride;
   }
 #pragma unroll
   for (int g = 0; g < L::kOwnGroups; ++g) {

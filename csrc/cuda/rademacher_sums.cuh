@@ -82,22 +82,24 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
     }
   }
 
-  const int64_t blocks = task.matrix.blocks, all = blocks * task.matrix.digits * kGroups;
-  const uint4* const from =
-      reinterpret_cast<const uint4*>(task.matrix.planes) + tile * all * (kPieceBytes / 16);
-  const auto fetch = [&](int64_t piece, int slot) {
-    if (piece < all) {
+  constexpr int kPacks = kPieceBytes / 16;
+  const int64_t blocks = task.matrix.blocks;
+  int64_t to_fetch = blocks * task.matrix.digits * kGroups;
+  const uint4* from = reinterpret_cast<const uint4*>(task.matrix.planes) + tile * to_fetch * kPacks + thread;
+  const auto fetch = [&](int slot) {
+    if (to_fetch > 0) {
+      uint4* const to = pieces + slot * kPacks + thread;
 #pragma unroll
-      for (int i = thread; i < kPieceBytes / 16; i += kThreads) {
-        copy_async(&pieces[slot * (kPieceBytes / 16) + i], from + piece * (kPieceBytes / 16) + i);
-      }
+      for (int i = 0; i < kPacks; i += kThreads) copy_async(to + i, from + i);
     }
     commit_copies();
+    from += kPacks;
+    --to_fetch;
   };
-  fetch(0, 0);
-  fetch(1, 1);
-  int64_t piece = 0;
+  fetch(0);
+  fetch(1);
   int slot = 0;
+#pragma unroll 1
   for (int64_t block = 0; block < blocks; ++block) {
     __syncthreads();
     for (int i = thread; i < kGroups * kDraws; i += kThreads) {
@@ -121,8 +123,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
     const auto add_group = [&](auto is_signed, int group) {
       wait_copies<1>();
       __syncthreads();
-      const int next = slot == 0 ? kPieces - 1 : slot - 1;  // what everybody has read
-      fetch(piece + 2, next);
+      fetch(slot == 0 ? kPieces - 1 : slot - 1);  // which everybody has read
       uint32_t words[L::kSteps][2];
       const uint32_t* const drawn = reinterpret_cast<const uint32_t*>(signs + group * kDraws + down + g) + t;
 #pragma unroll
@@ -152,10 +153,11 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
           }
         }
       }
-      ++piece;
       slot = slot == kPieces - 1 ? 0 : slot + 1;
     };
+#pragma unroll 1
     for (int group = 0; group < kGroups; ++group) add_group(std::true_type{}, group);
+#pragma unroll 1
     for (int digit = 1; digit < task.matrix.digits; ++digit) {
 #pragma unroll
       for (int i = 0; i < L::kSteps; ++i) {
@@ -173,6 +175,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
           }
         }
       }
+#pragma unroll 1
       for (int group = 0; group < kGroups; ++group) add_group(std::false_type{}, group);
     }
     const ColumnBlock* const columns = task.matrix.columns + (tile * blocks + block) * kTileColumns;

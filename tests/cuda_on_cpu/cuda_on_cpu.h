@@ -167,17 +167,24 @@ void remember(const Copy& copy);
 void commit_copies();
 // The next copy of the groups before the last `pending`; false: none is left.
 bool next_copy(int pending, Copy& copy);
+// Copy `index` of all that are left.
+bool pending_copy(size_t index, Copy& copy);
+
+inline constexpr uint4 kNothing{~0u, ~0u, ~0u, ~0u};
 
 inline void copy_async(void* shared, const void* global, const char* file, int line) {
   check_copy(shared, global, file, line);
   const Copy copy{static_cast<uint4*>(shared), static_cast<const uint4*>(global)};
-  *copy.to = uint4{~copy.from->x | ~0u, ~0u, ~0u, ~0u};
+  const volatile uint32_t read = copy.from->x;
+  static_cast<void>(read);
+  *copy.to = kNothing;
   remember(copy);
 }
 
 inline void wait_copies(int pending) {
   Copy copy;
   while (next_copy(pending, copy)) *copy.to = *copy.from;
+  for (size_t i = 0; pending_copy(i, copy); ++i) *copy.to = kNothing;
 }
 
 // Lane l gives the address of row l % 8 of matrix l / 8.

@@ -323,6 +323,17 @@ bool next_copy(int pending, Copy& copy) {
   return false;
 }
 
+bool pending_copy(size_t index, Copy& copy) {
+  for (const auto& group : current->copies) {
+    if (index < group.size()) {
+      copy = group[index];
+      return true;
+    }
+    index -= group.size();
+  }
+  return false;
+}
+
 void mma_bytes(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_signed,
                const char* file, int line) {
   struct {
