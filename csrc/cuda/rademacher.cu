@@ -6,12 +6,20 @@
 // not all rows fit, sums wait in memory for the next ones. Most problems are one group, and then the sums of
 // a supremum over columns never leave the registers.
 //
-// Per value of the matrix, `digits` bytes of it and a draw: kTileColumns x kDraws x 32 signed sums are two
-// instructions to make four registers of signs, shared by four products, and a product per byte: with 2
-// digits for 16-bit accuracy, 3 for float32's.
+// Work: a product of 16 draws x 8 columns x 32 rows, 4096 multiply-adds, for each byte of a value, 3 of them
+// for float32's accuracy, 7 for float64. The signs' four registers take 8 instructions and serve 4 products,
+// so that the loop has 3.5 instructions a product. Where bytes are multiplied at twice the rate of bfloat16,
+// as on A100 and H100, a byte's pass costs half of a bfloat16 pass: three bytes 1.5 where splitting into
+// three takes 3. Traffic: fixed_kernel reads the matrix once and writes a byte for each digit, 7 bytes a
+// float32 value; each tile of 128 draws reads those bytes once from the L2 cache, 1/128 byte a multiply-add.
 #include "rademacher.h"
 #include "rademacher_reduce.cuh"
 #include "rademacher_signs.cuh"
+#if defined(REFINE_EXT_HOPPER)
+#include <cstdlib>
+
+#include "rademacher_hopper.h"
+#endif
 
 namespace refine_ext::cuda {
 namespace {
@@ -89,10 +97,27 @@ Workspace suprema_workspace(const RademacherProblem& p, const Groups& groups, vo
 }
 Workspace sums_workspace(const Groups& groups, void* memory) { return {groups, false, false, false, memory}; }
 
+#if defined(REFINE_EXT_HOPPER)
+bool use_hopper() {
+  const char* wanted = std::getenv("REFINE_EXT_WGMMA");
+  if (!wanted || std::string(wanted) != "1") return false;
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "rademacher");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "rademacher");
+  return major == 9;
+}
+#endif
+
 template <bool kWide>
 void launch_sums(const char* op, const SumsTask& task, void* stream) {
+#if defined(REFINE_EXT_HOPPER)
+  if (!kWide && use_hopper()) {
+    return launch_hopper_sums(op, task, ceil_div(task.draws, kHopperDraws) * task.matrix.tiles, stream);
+  }
+#endif
   const auto blocks_of = [&](int threads) {
-    return ceil_div(task.draws, threads / (2 * kWarp) * SumsLayout<kWide>::kWarpDraws) * task.matrix.tiles;
+    return ceil_div(task.draws, threads / kFewSumsThreads * WarpTiles<kFewSumsThreads, kWide>::kDraws) *
+           task.matrix.tiles;
   };
   // Two blocks of threads share a multiprocessor; where they are too few for that, smaller ones.
   if (blocks_of(kSumsThreads) >= 2 * multiprocessors()) {
@@ -158,11 +183,11 @@ void rademacher_suprema(const RademacherProblem& p, void* memory, void* stream) 
     const int64_t draws = least(groups.draws, p.draws - draw);
     for (int64_t column = 0; column < p.m; column += groups.columns) {
       SumsTask task{};
-      task.columns = least(groups.columns, p.m - column);
+      task.columns = static_cast<int>(least(groups.columns, p.m - column));
       task.first_column = column;
       task.seed = p.seed;
       task.first_draw = p.first_draw + static_cast<uint64_t>(draw);
-      task.draws = draws;
+      task.draws = static_cast<int>(draws);
       task.sums = work.sums;
       task.sums_stride = groups.columns;
       task.best = work.best;
@@ -200,12 +225,12 @@ void rademacher_sums(const RademacherSumsProblem& p, void* memory, void* stream)
   for (int64_t draw = 0; draw < p.draws; draw += groups.draws) {
     for (int64_t column = 0; column < p.m; column += groups.columns) {
       SumsTask task{};
-      task.columns = least(groups.columns, p.m - column);
+      task.columns = static_cast<int>(least(groups.columns, p.m - column));
       task.first_column = column;
       task.seed = p.seed;
       task.first_draw = p.first_draw + static_cast<uint64_t>(draw);
       task.first_block = static_cast<uint64_t>(p.first_row / kSignsPerPhilox);
-      task.draws = least(groups.draws, p.draws - draw);
+      task.draws = static_cast<int>(least(groups.draws, p.draws - draw));
       task.sums = p.sums + draw * p.m + column;
       task.sums_stride = p.m;
       add_rows(op, matrix, groups, work.fixed, task, false, stream, [](const FixedColumns&, bool) {});

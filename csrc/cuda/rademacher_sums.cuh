@@ -31,7 +31,7 @@ __device__ __forceinline__ Best better(const Best& a, const Best& b) {
 
 struct SumsTask {
   FixedColumns matrix;
-  int64_t columns;       // of the matrix; the last tile may be filled up
+  int columns;           // of the matrix; the last tile may be filled up
   int64_t first_column;  // column 0 as the results count
   uint64_t seed, first_draw, first_block;
   int64_t draws;
@@ -43,49 +43,110 @@ struct SumsTask {
   bool magnitude;  // of |sum|, not sum
 };
 
-// Integers of a value's bytes: 32 bits hold a block's sum of float32, of float64 it takes 64.
-template <bool kWide>
-struct SumsLayout {
-  static constexpr int kSteps = kWide ? 2 : 4;  // of 16 draws, a warp
-  static constexpr int kWarpDraws = 16 * kSteps;
-};
+// How the warps of a block divide its tile on the tensor cores of sm_80 and newer: two of them across, 32
+// columns each. A thread has, of kSteps times 16 draws and kRuns times 8 columns, draws g and g + 8 and
+// columns 2 t and 2 t + 1 (mma.cuh). 32 bits hold a block's sum of float32's integers; of float64 it
+// takes 64.
+template <int kBlockThreads, bool kWideSums>
+struct WarpTiles {
+  static constexpr bool kWide = kWideSums;
+  static constexpr int kThreads = kBlockThreads, kHalves = 2, kSteps = kWide ? 2 : 4, kRuns = 4;
+  static constexpr int kDraws = kThreads / (kHalves * kWarp) * 16 * kSteps;  // of the tile
 
-// A thread has, of 16 draws and 8 columns each, draws g and g + 8 and columns t and t + 1 (mma.cuh).
-// budget: registers 248 (wide 200), shared 45056, occupancy 12%
-template <int kThreads, bool kWide>
-__global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
-  using L = SumsLayout<kWide>;
-  constexpr int kDown = kThreads / (2 * kWarp), kDraws = kDown * L::kWarpDraws;  // of a tile
-  REFINE_EXT_SHARED(uint4, signs, [kGroups * kDraws]);
-  REFINE_EXT_SHARED(uint4, pieces, [kPieces * (kPieceBytes / 16)]);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  const int g = lane / 4, t = lane % 4;
-  const int across = warp % 2 * (kTileColumns / 2), down = warp / 2 * L::kWarpDraws;
-  const int64_t draw_tiles = (task.draws + kDraws - 1) / kDraws;
-  const int64_t tile = blockIdx.x / draw_tiles, first_draw = (blockIdx.x - tile * draw_tiles) * kDraws;
-  const auto draw_of = [&](int i, int h) { return first_draw + down + 16 * i + 8 * h + g; };
-  const auto column_of = [&](int q, int e) { return tile * kTileColumns + across + 8 * q + 2 * t + e; };
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int across = static_cast<int>(threadIdx.x) / kWarp % kHalves * (kTileColumns / kHalves);
+  const int down = static_cast<int>(threadIdx.x) / (kHalves * kWarp) * 16 * kSteps;
 
-  double sums[L::kSteps][4][4];
+  __device__ __forceinline__ int draw(int i, int h) const { return down + 16 * i + 8 * h + lane / 4; }
+  __device__ __forceinline__ int column(int q, int e) const { return across + 8 * q + lane % 4 * 2 + e; }
+  // Called before the barrier that makes a piece everybody's.
+  __device__ __forceinline__ void arrived() const {}
+
+  // The sums of a group of rows. `signs` is four words of each draw, of which a thread takes word t: bit
+  // 2 step + 8 i is row 32 t + 8 i + 2 step, byte 4 t + i of chunk 2 step.
+  template <bool kSigned>
+  __device__ __forceinline__ void add(const uint4* signs, const uint4* piece,
+                                      uint32_t (&part)[kSteps][kRuns][4]) const {
+    uint32_t words[kSteps][2];
 #pragma unroll
-  for (int i = 0; i < L::kSteps; ++i) {
+    for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
+      for (int h = 0; h < 2; ++h)
+        words[i][h] = reinterpret_cast<const uint32_t*>(signs + draw(i, h))[lane % 4];
+    }
+    const int own = across + lane / 16 * 8 + lane % 8;  // the column whose bytes this lane asks for
+    const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(piece) + own * kGroup;
+    // More of them at once, and sums are spilled.
+#pragma unroll 2
+    for (int step = 0; step < 4; ++step) {
+      uint32_t columns[2][4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sums[i][q][e] = 0.0;
-        const int64_t draw = draw_of(i, e / 2), column = column_of(q, e % 2);
-        if (task.resume && draw < task.draws && column < task.columns) {
-          sums[i][q][e] = task.sums[draw * task.sums_stride + column];
+      for (int half = 0; half < 2; ++half) {
+        load_matrices<false>(columns[half],
+                             bytes + 16 * half * kGroup + place_of_chunk(2 * step + lane / 8 % 2, own));
+      }
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        uint32_t ones[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) ones[r] = words[i][r % 2] >> r / 2 & 0x01010101u;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) words[i][h] >>= 2;
+#pragma unroll
+        for (int q = 0; q < kRuns; ++q) {
+          const uint32_t two[2] = {columns[q / 2][2 * (q % 2)], columns[q / 2][2 * (q % 2) + 1]};
+          multiply_add<kSigned>(part[i][q], ones, two);
         }
       }
     }
   }
+};
+
+// What a block of threads does, its tile divided by `Tiles`; its shared memory comes from the kernel.
+template <class Tiles>
+__device__ __forceinline__ void sum_tile(const SumsTask& task, uint4 (&signs)[kGroups * Tiles::kDraws],
+                                         uint4 (&pieces)[kPieces * (kPieceBytes / 16)],
+                                         Best (&halves)[Tiles::kDraws]) {
+  constexpr bool kWide = Tiles::kWide;
+  constexpr int kThreads = Tiles::kThreads, kDraws = Tiles::kDraws, kSteps = Tiles::kSteps,
+                kRuns = Tiles::kRuns;
+  const Tiles mine;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int draw_tiles = (task.draws + kDraws - 1) / kDraws;
+  const int tile = static_cast<int>(blockIdx.x) / draw_tiles;
+  const int first_draw = (static_cast<int>(blockIdx.x) - tile * draw_tiles) * kDraws;
+  const auto draw_of = [&](int i, int h) { return first_draw + mine.draw(i, h); };
+  const auto column_of = [&](int q, int e) { return tile * kTileColumns + mine.column(q, e); };
+
+  // This thread's sums: element e is of draw e / 2 and column e % 2.
+  const auto every = [](auto&& f) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int q = 0; q < kRuns; ++q) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(i, q, e);
+      }
+    }
+  };
+  const auto kept = [&](int i, int q, int e) -> double* {
+    const int draw = draw_of(i, e / 2), column = column_of(q, e % 2);
+    const bool exists = draw < task.draws && column < task.columns;
+    return exists ? task.sums + draw * task.sums_stride + column : nullptr;
+  };
+
+  double sums[kSteps][kRuns][4];
+  every([&](int i, int q, int e) {
+    sums[i][q][e] = 0.0;
+    if (!task.resume) return;
+    if (const double* sum = kept(i, q, e)) sums[i][q][e] = *sum;
+  });
 
   constexpr int kPacks = kPieceBytes / 16;
-  const int64_t blocks = task.matrix.blocks;
-  int64_t to_fetch = blocks * task.matrix.digits * kGroups;
-  const uint4* from = reinterpret_cast<const uint4*>(task.matrix.planes) + tile * to_fetch * kPacks + thread;
+  const int blocks = static_cast<int>(task.matrix.blocks);
+  int to_fetch = blocks * task.matrix.digits * kGroups;
+  const uint4* from =
+      reinterpret_cast<const uint4*>(task.matrix.planes) + int64_t{tile} * to_fetch * kPacks + thread;
   const auto fetch = [&](int slot) {
     if (to_fetch > 0) {
       uint4* const to = pieces + slot * kPacks + thread;
@@ -100,106 +161,62 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
   fetch(1);
   int slot = 0;
 #pragma unroll 1
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int block = 0; block < blocks; ++block) {
     __syncthreads();
+#pragma unroll 1
     for (int i = thread; i < kGroups * kDraws; i += kThreads) {
-      const PhiloxSequence sequence = sign_sequence(task.seed, task.first_draw + first_draw + i % kDraws);
-      const PhiloxBlock<uint32_t> bits = sequence.block(task.first_block + block * kGroups + i / kDraws);
+      const PhiloxSequence sequence =
+          sign_sequence(task.seed, task.first_draw + static_cast<unsigned>(first_draw + i % kDraws));
+      const PhiloxBlock<uint32_t> bits =
+          sequence.block(task.first_block + static_cast<unsigned>(block * kGroups + i / kDraws));
       signs[i] = uint4{bits.word[0], bits.word[1], bits.word[2], bits.word[3]};
     }
-    uint32_t part[L::kSteps][4][4];
-    [[maybe_unused]] uint64_t high[L::kSteps][4][4];
-#pragma unroll
-    for (int i = 0; i < L::kSteps; ++i) {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          part[i][q][e] = 0;
-          if constexpr (kWide) high[i][q][e] = 0;
-        }
-      }
-    }
+    uint32_t part[kSteps][kRuns][4];
+    [[maybe_unused]] uint64_t high[kSteps][kRuns][4];
+    every([&](int i, int q, int e) {
+      part[i][q][e] = 0;
+      if constexpr (kWide) high[i][q][e] = 0;
+    });
     const auto add_group = [&](auto is_signed, int group) {
       wait_copies<1>();
+      mine.arrived();
       __syncthreads();
       fetch(slot == 0 ? kPieces - 1 : slot - 1);  // which everybody has read
-      uint32_t words[L::kSteps][2];
-      const uint32_t* const drawn = reinterpret_cast<const uint32_t*>(signs + group * kDraws + down + g) + t;
-#pragma unroll
-      for (int i = 0; i < L::kSteps; ++i) {
-        words[i][0] = drawn[4 * 16 * i];
-        words[i][1] = drawn[4 * (16 * i + 8)];
-      }
-      const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(pieces) + slot * kPieceBytes;
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        uint32_t columns[2][4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int column = across + 16 * half + lane / 16 * 8 + lane % 8;
-          load_matrices<false>(columns[half],
-                               bytes + column * kGroup + place_of_chunk(2 * step + lane / 8 % 2, column));
-        }
-#pragma unroll
-        for (int i = 0; i < L::kSteps; ++i) {
-          uint32_t ones[4];
-#pragma unroll
-          for (int r = 0; r < 4; ++r) ones[r] = words[i][r % 2] >> (2 * step + r / 2) & 0x01010101u;
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            const uint32_t two[2] = {columns[q / 2][2 * (q % 2)], columns[q / 2][2 * (q % 2) + 1]};
-            multiply_add<decltype(is_signed)::value>(part[i][q], ones, two);
-          }
-        }
-      }
+      mine.template add<decltype(is_signed)::value>(signs + group * kDraws, pieces + slot * kPacks, part);
       slot = slot == kPieces - 1 ? 0 : slot + 1;
     };
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) add_group(std::true_type{}, group);
 #pragma unroll 1
     for (int digit = 1; digit < task.matrix.digits; ++digit) {
-#pragma unroll
-      for (int i = 0; i < L::kSteps; ++i) {
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if constexpr (kWide) {
-              high[i][q][e] = (high[i][q][e] + static_cast<uint64_t>(static_cast<int32_t>(part[i][q][e])))
-                              << 8;
-              part[i][q][e] = 0;
-            } else {
-              part[i][q][e] <<= 8;
-            }
-          }
+      every([&](int i, int q, int e) {
+        if constexpr (kWide) {
+          high[i][q][e] = (high[i][q][e] + static_cast<uint64_t>(static_cast<int32_t>(part[i][q][e]))) << 8;
+          part[i][q][e] = 0;
+        } else {
+          part[i][q][e] <<= 8;
         }
-      }
+      });
 #pragma unroll 1
       for (int group = 0; group < kGroups; ++group) add_group(std::false_type{}, group);
     }
-    const ColumnBlock* const columns = task.matrix.columns + (tile * blocks + block) * kTileColumns;
+    const ColumnBlock* const columns = task.matrix.columns + (int64_t{tile} * blocks + block) * kTileColumns;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
+    for (int q = 0; q < kRuns; ++q) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const ColumnBlock column = columns[across + 8 * q + 2 * t + e];
+        const ColumnBlock column = columns[mine.column(q, e)];
 #pragma unroll
-        for (int i = 0; i < L::kSteps; ++i) {
+        for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             double& sum = sums[i][q][2 * h + e];
-            if constexpr (kWide) {
-              const uint64_t ones = high[i][q][2 * h + e] + part[i][q][2 * h + e];
-              sum +=
-                  static_cast<double>(static_cast<int64_t>(2 * ones - static_cast<uint64_t>(column.total))) *
-                  column.back;
-            } else {
-              const uint32_t ones = part[i][q][2 * h + e];
-              sum +=
-                  static_cast<double>(static_cast<int32_t>(2 * ones - static_cast<uint32_t>(column.total))) *
-                  column.back;
-            }
+            using Unsigned = std::conditional_t<kWide, uint64_t, uint32_t>;
+            Unsigned ones = part[i][q][2 * h + e];
+            if constexpr (kWide) ones += high[i][q][2 * h + e];
+            const auto total =
+                static_cast<std::make_signed_t<Unsigned>>(2 * ones - static_cast<Unsigned>(column.total));
+            sum += static_cast<double>(total) * column.back;
           }
         }
       }
@@ -207,33 +224,23 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
   }
 
   if (!task.best) {
-#pragma unroll
-    for (int i = 0; i < L::kSteps; ++i) {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int64_t draw = draw_of(i, e / 2), column = column_of(q, e % 2);
-          if (draw < task.draws && column < task.columns) {
-            task.sums[draw * task.sums_stride + column] = sums[i][q][e];
-          }
-        }
-      }
-    }
+    every([&](int i, int q, int e) {
+      if (double* sum = kept(i, q, e)) *sum = sums[i][q][e];
+    });
     return;
   }
-  REFINE_EXT_SHARED(Best, halves, [kDraws]);
-  Best best[L::kSteps][2];
+  const bool second = mine.column(0, 0) >= kTileColumns / Tiles::kHalves;
+  Best best[kSteps][2];
 #pragma unroll
-  for (int i = 0; i < L::kSteps; ++i) {
+  for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       best[i][h] = {-std::numeric_limits<double>::infinity(), kNoColumn};
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
+      for (int q = 0; q < kRuns; ++q) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int64_t column = column_of(q, e);
+          const int column = column_of(q, e);
           const double sum = sums[i][q][2 * h + e];
           const Best one{task.magnitude && sum < 0.0 ? -sum : sum,
                          2 * (task.first_column + column) + (sum < 0.0)};
@@ -246,20 +253,33 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
                          __shfl_xor_sync(kFullMask, best[i][h].code, distance)};
         best[i][h] = better(best[i][h], other);
       }
-      if (across > 0 && t == 0) halves[down + 16 * i + 8 * h + g] = best[i][h];
+      if (second && thread % 4 == 0) halves[mine.draw(i, h)] = best[i][h];
     }
   }
   __syncthreads();
-  if (across > 0 || t > 0) return;
+  if (second || thread % 4 > 0) return;
 #pragma unroll
-  for (int i = 0; i < L::kSteps; ++i) {
+  for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t draw = draw_of(i, h);
+      const int draw = draw_of(i, h);
       if (draw >= task.draws) continue;
-      task.best[tile * task.draws + draw] = better(best[i][h], halves[down + 16 * i + 8 * h + g]);
+      const bool whole = Tiles::kHalves == 1;
+      task.best[int64_t{tile} * task.draws + draw] =
+          whole ? best[i][h] : better(best[i][h], halves[mine.draw(i, h)]);
     }
   }
+}
+
+// Sums and their parts fill the registers: a word of a block of rows, none of a group's, waits in local memory.
+// budget: registers 256, local 8 (wide 0), shared 45056, occupancy 12%
+template <int kThreads, bool kWide>
+__global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
+  using Tiles = WarpTiles<kThreads, kWide>;
+  REFINE_EXT_SHARED(uint4, signs, [kGroups * Tiles::kDraws]);
+  REFINE_EXT_SHARED(uint4, pieces, [kPieces * (kPieceBytes / 16)]);
+  REFINE_EXT_SHARED(Best, halves, [Tiles::kDraws]);
+  sum_tile<Tiles>(task, signs, pieces, halves);
 }
 
 }  // namespace refine_ext::cuda
