@@ -158,10 +158,11 @@ def test_scale_and_duplicates():
 def test_gaussian_complexity_of_one_function():
     """(1/n) E |sum_i z_i f(x_i)| = sqrt(2 / pi) ||f|| / n."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        f = torch.randn(1500).to(dtype)
-        estimate = rx.rademacher(f, 4000, 3, distribution="normal")
-        assert abs(float(estimate) - math.sqrt(2 / math.pi) * float(f.double().norm()) / 1500) < 4 * estimate.stderr
-        assert estimate.stderr < 0.02 * float(estimate)
+        for n in (2, 1500):
+            f = torch.randn(n).to(dtype)
+            estimate = rx.rademacher(f, 4000, 3, distribution="normal")
+            assert abs(float(estimate) - math.sqrt(2 / math.pi) * float(f.double().norm()) / n) < 4 * estimate.stderr
+            assert 0.005 * float(estimate) < estimate.stderr < 0.02 * float(estimate)
 
 
 def test_gaussian_complexity_of_orthogonal_features():
@@ -283,7 +284,7 @@ def test_a_penalty_in_training_lowers_the_complexity():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return float(rx.rademacher(net(x).detach(), 2000, 10**6)), float(loss)
+        return float(rx.rademacher(net(x).detach(), 2000, 10**6)), float(loss.detach())
 
     free, _ = train(0.0)
     held, loss = train(1.0)
@@ -301,7 +302,7 @@ def test_compile_makes_one_graph():
         estimate = rx.rademacher(x, 16, seed)
         return estimate.suprema, estimate.argmax, estimate.mean
 
-    compiled = torch.compile(call, fullgraph=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for seed in (1, 2, 2**40):
         got, want = compiled(x, seed), call(x, seed)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -311,7 +312,7 @@ def test_compile_makes_one_graph():
     compiled(y, 5)[2].backward()
     call(z, 5)[2].backward()
     assert torch.equal(y.grad, z.grad)
-    linear = torch.compile(lambda x: rx.rademacher_linear(x, 2.0, 16, 3).suprema, fullgraph=True)
+    linear = torch.compile(lambda x: rx.rademacher_linear(x, 2.0, 16, 3).suprema, fullgraph=True, backend="aot_eager")
     assert torch.equal(linear(x), rx.rademacher_linear(x, 2.0, 16, 3).suprema)
 
 

@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rademacher import CLASSES, DTYPES, classes
 
@@ -89,6 +89,7 @@ def test_blocks_give_the_bits_of_the_whole(function, supremum, dtype, n, m):
     assert same(function(iter(x.split(999)), 30, 3), whole)  # an iterator, in one reading
 
 
+@settings(max_examples=20)
 @given(data=st.data(), n=st.integers(1, 4000))
 def test_any_blocks(data, n):
     cuts = sorted(data.draw(st.lists(st.integers(1, n), max_size=12)))
@@ -170,7 +171,7 @@ def test_nan_in_a_block_is_found_where_it_is():
         rx.rademacher(x.split(512), 10, 0)
     with pytest.raises(ValueError, match=r"rademacher: outputs must be finite, got nan in column 3, row 2100; nan_po"):
         rx.rademacher(x, 10, 0)
-    with pytest.raises(ValueError, match=r"rademacher_linear: features must be finite, got inf in column 4, row 2500"):
+    with pytest.raises(ValueError, match=r"rademacher_linear: features must be finite, got inf in column 0, row 2500"):
         rx.rademacher_linear(x[:, 4:5].expand(-1, 5).split(700), 1.0, 10, 0)
     for source in (x, x.split(512)):
         lost = rx.rademacher(source, 10, 0, nan_policy="propagate")
