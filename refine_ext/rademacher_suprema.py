@@ -73,11 +73,7 @@ def seed_of(function: str, seed: int | None) -> int:
 
 
 def estimate_complexity(function: str, argument: str, outputs: Any, functions: Functions, options: Options) -> Estimate:
-    if options.distribution not in ("rademacher", "normal"):
-        raise ValueError(f"{function}: distribution must be rademacher or normal, got {options.distribution!r}")
-    if options.nan_policy not in ("raise", "propagate"):
-        raise ValueError(f"{function}: nan_policy must be raise or propagate, got {options.nan_policy!r}")
-    whole(function, "memory", options.memory, 1)
+    check_options(function, options)
     normal = options.distribution == "normal"
     if isinstance(outputs, np.ndarray) and not (isinstance(outputs, np.memmap) and outputs.nbytes > options.memory):
         outputs = _from_numpy(function, argument, outputs)
@@ -95,6 +91,14 @@ def estimate_complexity(function: str, argument: str, outputs: Any, functions: F
     else:
         sums = _streamed_sums
     return draw(function, lambda range_: sums(function, argument, outputs, functions, options, range_), options)
+
+
+def check_options(function: str, options: Options) -> None:
+    if options.distribution not in ("rademacher", "normal"):
+        raise ValueError(f"{function}: distribution must be rademacher or normal, got {options.distribution!r}")
+    if options.nan_policy not in ("raise", "propagate"):
+        raise ValueError(f"{function}: nan_policy must be raise or propagate, got {options.nan_policy!r}")
+    whole(function, "memory", options.memory, 1)
 
 
 def draw(function: str, run: Callable[[Range], Estimate], options: Options) -> Estimate:
