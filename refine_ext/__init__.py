@@ -22,6 +22,7 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .certificate import RefinementCertificate, refinement_certificate
     from .denoiser import RefinedDenoiser, post_cfg
     from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .local_complexity import LocalComplexity, rademacher_local
     from .modular import DiscriminatorGuidance
     from .neural_complexity import rademacher_neural
+    from .norm_bound_search import NormBoundSearch, suggest_norm_bound
     from .norm_bounds import rademacher_norm_bounds
     from .rkhs import rademacher_rkhs
     from .schedulers import wrap_scheduler
@@ -42,6 +44,8 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "RefinementCertificate": "certificate",
+    "refinement_certificate": "certificate",
     "RefinedDenoiser": "denoiser",
     "post_cfg": "denoiser",
     "DiffusionDiscriminator": "diffusion_discriminator",
@@ -64,6 +68,8 @@ _LAZY = {
     "rademacher_neural": "neural_complexity",
     "rademacher_norm_bounds": "norm_bounds",
     "rademacher_rkhs": "rkhs",
+    "NormBoundSearch": "norm_bound_search",
+    "suggest_norm_bound": "norm_bound_search",
     "wrap_scheduler": "schedulers",
 }
 
@@ -78,7 +84,9 @@ __all__ = [
     "LatentLangevin",
     "LocalComplexity",
     "Metropolis",
+    "NormBoundSearch",
     "RefinedDenoiser",
+    "RefinementCertificate",
     "Rejection",
     "VPSchedule",
     "density_ratio",
@@ -100,9 +108,11 @@ __all__ = [
     "rademacher_neural",
     "rademacher_norm_bounds",
     "rademacher_rkhs",
+    "refinement_certificate",
     "rejection",
     "resample",
     "sample_edm",
+    "suggest_norm_bound",
     "variational_bound",
     "wrap_scheduler",
 ]
