@@ -245,6 +245,8 @@ def test_the_default_discriminator():
     lower = rx.rademacher_neural(network, x, 8, 0, constraint="spectral", steps=50, progress=False)
     assert bounds.keys() == {"bartlett2017", "parameters", "trivial"}
     assert 0 < float(lower) < min(bounds.values())
+    disc = rx.fit_discriminator(x + 1, x, hidden=(8,), max_epochs=2, progress=False)
+    assert rx.rademacher_norm_bounds(disc, x) == rx.rademacher_norm_bounds(disc.network, x)
 
 
 def test_networks_that_are_zero():
@@ -288,5 +290,5 @@ def not_finite():
     ],
 )
 def test_bad_input(module, options, error, message):
-    with pytest.raises(error, match="rademacher_norm_bounds: .*" + message):
+    with pytest.raises(error, match="^rademacher_norm_bounds: .*" + message):
         rx.rademacher_norm_bounds(module, **{"x": samples(), **options})
