@@ -78,9 +78,9 @@ def rademacher_norm_bounds(
     used): the first three need phi(1) = 1 in front of a bias for this. Bounds whose assumptions fail are left out.
 
     Args:
-        module: nn.Linear layers and activations in an nn.Sequential, what :func:`fit_discriminator` makes of an
-            MLP, or one nn.Linear; one output. Dropout counts as in evaluation mode. What comes before the first nn.Linear and has
-            no parameters (with `constraint`: none that require gradients) makes fixed features of `x`.
+        module: nn.Linear layers and activations in an nn.Sequential, what :func:`fit_discriminator` makes of an MLP, or
+            one nn.Linear; one output. Dropout counts as in evaluation mode. What comes before the first nn.Linear and
+            has no parameters (with `constraint`: none that require gradients) makes fixed features of `x`.
         x: samples ``[n, ...]``.
         constraint: "frobenius" or "spectral", as in `rademacher_neural`. None: the norms of the module itself. A later
             layer without parameters that require gradients keeps its own norms.
