@@ -109,7 +109,7 @@ def rademacher_local(
             confidence term x / n.
         fixed_point: whether to find r*. None: with the star hull, without which it is not defined.
         memory: bytes that sums and blocks may take. The outputs are read once for each group of draws whose sums fit,
-            and where that is not one group, again for each of the at most twenty radii that lead to r*.
+            and where that is not one group, again for each of the ten or so radii that lead to r*.
         progress: a bar where it takes over a second. None: on a terminal.
 
     Returns:
@@ -172,22 +172,24 @@ def _fixed_point(psi: Callable[[Tensor], float]) -> float:
     """The root r* of r = psi(r), psi sub-root, of which it is enough to know psi at about ten radii.
 
     In s = log r the curve g(s) = log psi(e^s) has slopes from 0 to 1/2, and so has every secant. From s the root is
-    (g(s) - s) / (1 - slope to the root) away; with the last secant's slope, cut at 1/3, a step leaves at most
-    half of the distance, and of smooth curves far less.
+    (g(s) - s) / (1 - slope to the root) away: with the last secant's slope a step never ends farther from it, and
+    with a slope of at most 1/3 it leaves at most half of the way, which is what a step that did not halve g - s is
+    followed by.
     """
     radius = psi(torch.tensor(math.inf, dtype=torch.float64))  # the largest value, and so not below the root
     if radius == 0.0:
         return 0.0
-    s, slope = math.log(radius), 0.25
-    before: tuple[float, float] | None = None
+    s, gap = math.log(radius), math.inf
+    slope = before = moved = 0.0
     while True:
         g = math.log(psi(torch.tensor(math.exp(s), dtype=torch.float64)))
         if abs(g - s) <= _TOLERANCE:
             return math.exp(g)
-        if before is not None and before[0] != s:
-            slope = min(max((g - before[1]) / (s - before[0]), 0.0), 1.0 / 3.0)
-        before = s, g
-        s += (g - s) / (1.0 - slope)
+        if moved != 0.0:
+            most = 1.0 / 2.0 if abs(g - s) <= gap / 2.0 else 1.0 / 3.0
+            slope = min(max((g - before) / moved, 0.0), most)
+        before, gap, moved = g, abs(g - s), (g - s) / (1.0 - slope)
+        s += moved
 
 
 class _Curve:

@@ -10,6 +10,7 @@ import torch
 from fitting import one_thread  # noqa: F401
 
 import refine_ext as rx
+from refine_ext import local_complexity
 
 RADII = torch.logspace(-3, 1, 9, dtype=torch.float64)
 
@@ -163,6 +164,28 @@ def test_fixed_points_solve_their_equation(factor):
     at = local(outputs, point, fixed_point=False)
     assert at.fixed_point is None
     assert factor * float(at.mean[0]) + 0.002 == pytest.approx(point, rel=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fixed_points_of_any_sub_root_function_take_few_radii(seed):
+    """Of maxima and means of c min(1, sqrt(r / v)): slopes in log r jump between 0 and 1/2, against bisection."""
+    generator = np.random.default_rng(seed)
+    kinks = 10 ** generator.uniform(-12, 4, int(generator.integers(1, 12)))
+    heights = 10 ** generator.uniform(-6, 3, len(kinks))
+    combine = np.max if seed % 2 else np.mean
+    radii = []
+
+    def psi(r):
+        radii.append(float(r))
+        return float(combine(heights * np.minimum(1.0, np.sqrt(float(r) / kinks))))
+
+    found, asked = local_complexity._fixed_point(psi), len(radii)
+    low, high = 1e-60, 1e4
+    for _ in range(120):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if psi(middle) > middle else (low, middle)
+    assert found == pytest.approx(low, rel=1e-11)
+    assert asked <= 20
 
 
 def test_functions_that_vanish():
