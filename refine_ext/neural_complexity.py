@@ -141,18 +141,8 @@ def rademacher_neural(
         at_once = max(1, memory // (restarts * (saved * len(x) + weights))) if draws_at_once is None else draws_at_once
         at_once = min(draws, whole(_FUNCTION, "draws_at_once", at_once, 1))
         rows = max(1, memory // (restarts * saved * at_once))
-        search = _Search(
-            module,
-            x,
-            layers,
-            project,
-            isinstance(constraint, str),
-            absolute,
-            steps,
-            float(learning_rate),
-            restarts,
-            rows,
-        )
+        named, rate = isinstance(constraint, str), float(learning_rate)
+        search = _Search(module, x, layers, project, named, absolute, steps, rate, restarts, rows)
         suprema = _over_draws(search, parameters, seed, (first_draw, draws), at_once, outputs, progress)
     of = f"{constraint} norm <= {norm_bound}" if isinstance(constraint, str) else "constrained"
     return Estimate(suprema, len(x), ((first_draw, draws),), seed, f"{type(module).__name__}, {of}", kind="lower")
@@ -214,7 +204,7 @@ def _ascend(search: _Search, parameters: Parameters, signs: Tensor, update: Call
             norm = _norm([slopes[name] for name in layer.parameters])
             for name in layer.parameters:
                 p, slope = parameters[name], slopes[name]
-                # Where a layer has no slope it stays; a slope that is not finite was noted with its value.
+                # A layer without a slope, or whose slope is not finite at a finite value, goes on as it went.
                 unit = torch.nan_to_num(slope / as_column(norm, slope), nan=0.0, posinf=0.0, neginf=0.0)
                 momentum[name] = _MOMENTUM * momentum[name] + unit
                 length = search.learning_rate / math.sqrt(step + 1) * sizes[name]
