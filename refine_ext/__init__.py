@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
     from .modular import DiscriminatorGuidance
     from .norm_bound_search import NormBoundSearch, suggest_norm_bound
+    from .rkhs import rademacher_rkhs
     from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
@@ -61,6 +62,7 @@ _LAZY = {
     "DiscriminatorGuidance": "modular",
     "NormBoundSearch": "norm_bound_search",
     "suggest_norm_bound": "norm_bound_search",
+    "rademacher_rkhs": "rkhs",
     "wrap_scheduler": "schedulers",
 }
 
@@ -94,6 +96,7 @@ __all__ = [
     "rademacher",
     "rademacher_l1",
     "rademacher_linear",
+    "rademacher_rkhs",
     "refinement_certificate",
     "rejection",
     "resample",

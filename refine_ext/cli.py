@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .cli_rademacher import rademacher
 from .console import EXIT_REFUSED, AutoOrNumber, Size, reporting_errors, terminate
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 @click.version_option(__version__, prog_name="refine-ext")
 def main() -> None:
     """Refine any generative model from its samples."""
+
+
+main.add_command(rademacher)
 
 
 @main.command()

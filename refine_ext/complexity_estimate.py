@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -54,7 +53,7 @@ class Estimate:
     def draws(self) -> int:
         return len(self.suprema)
 
-    @cached_property
+    @property
     def mean(self) -> Tensor:
         """The estimate, a 0-dim float64 tensor; differentiable where the outputs are."""
         return self.suprema.mean()
@@ -63,7 +62,7 @@ class Estimate:
         self._settle()
         return float(self.mean.detach())
 
-    @cached_property
+    @property
     def stderr(self) -> float:
         """Standard error of `mean`; NaN of a single draw, 0 of all sign vectors."""
         self._settle()
@@ -71,12 +70,12 @@ class Estimate:
             return 0.0
         return float(self.suprema.detach().std()) / math.sqrt(self.draws) if self.draws > 1 else math.nan
 
-    @cached_property
+    @property
     def argmax(self) -> Tensor | None:
         """`[draws]` int64, which column attains each supremum, the first where several do."""
         return None if self.index is None else torch.where(self.index < 0, -1 - self.index, self.index)
 
-    @cached_property
+    @property
     def bound(self) -> float:
         """M = max |f(x_i)| over the class and the samples: as given, else the largest seen; NaN where unknown."""
         self._settle()
@@ -86,7 +85,7 @@ class Estimate:
             return math.nan
         return float(self.largest.max()) if isinstance(self.largest, Tensor) else float(self.largest)
 
-    @cached_property
+    @property
     def effective_draws(self) -> int:
         """How many different sign vectors the draws have: equal ones bring nothing, and few samples have few."""
         if self.enumerated or self.distribution != "rademacher" or self.n >= _SIGNS or self.seed is None:

@@ -27,6 +27,19 @@ class Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class Draws(click.ParamType):
+    """`all`, or a positive number."""
+
+    name = "integer|all"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        if value == "all" or (isinstance(value, int) and value > 0):
+            return value
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither `all` nor a positive number", param, ctx)
+        return int(value)
+
+
 class AutoOrNumber(click.ParamType):
     """`auto`, which becomes None, or a number in a range."""
 

@@ -19,7 +19,7 @@ from ._ops_rademacher import SUPREMA, ops
 from .density_ratio import check_floating
 from .samples import as_tensor
 
-_ALIGNED = 1024  # csrc/math/rademacher.h kSignBlock
+SIGN_BLOCK = 1024  # csrc/math/rademacher.h kSignBlock
 _LANES = 16  # csrc/math/rademacher_problem.h, of a norm's squares
 _NORMALS = 1 << 21  # multipliers at once
 _LARGEST, _MAGNITUDE, _NORM = (SUPREMA.index(name) for name in ("largest", "magnitude", "norm"))
@@ -45,7 +45,6 @@ class Rows:
     def __init__(self, function: str, argument: str, source: Any, block_bytes: int) -> None:
         self.function, self.argument, self._source, self._block_bytes = function, argument, source, block_bytes
         self.shape = tuple(source.shape) if isinstance(source, (Tensor, np.ndarray)) else None
-        self._passes = 0
         self._kind: tuple[int, torch.dtype, torch.device] | None = None
         self.once = isinstance(source, Iterator)
         if not (self.shape is not None or callable(source) or isinstance(source, Iterable)):
@@ -56,29 +55,29 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, block), where every first row is a multiple of 1024."""
-        self._passes += 1
-        row, rest = 0, None
+        pieces: list[Tensor] = []  # of less than 1024 rows
+        row = held = 0
         for block in self._blocks():
-            if rest is not None:
-                need = _ALIGNED - len(rest)
-                rest, block = torch.cat([rest, block[:need]]), block[need:]
-                if len(rest) < _ALIGNED:
-                    continue
-                yield row, rest
-                row, rest = row + _ALIGNED, None
-            whole = len(block) // _ALIGNED * _ALIGNED
-            if whole:
-                yield row, block[:whole]
-                row += whole
-            if whole < len(block):
-                rest = block[whole:].clone()  # the block itself need not stay
-        if rest is not None:
-            yield row, rest
+            while held + len(block) >= SIGN_BLOCK:
+                if pieces:
+                    pieces.append(block[: SIGN_BLOCK - held])
+                    block = block[SIGN_BLOCK - held :]
+                    yield row, torch.cat(pieces)
+                    row, pieces, held = row + SIGN_BLOCK, [], 0
+                else:
+                    whole = len(block) // SIGN_BLOCK * SIGN_BLOCK
+                    yield row, block[:whole]
+                    row, block = row + whole, block[whole:]
+            if len(block):
+                pieces.append(block.clone())  # the whole block need not stay
+                held += len(block)
+        if pieces:
+            yield row, torch.cat(pieces)
 
     def _blocks(self) -> Iterator[Tensor]:
         if self.shape is not None:
             element = self._source.dtype.itemsize
-            rows = max(1, self._block_bytes // (element * max(1, self.shape[1]) * _ALIGNED)) * _ALIGNED
+            rows = max(1, self._block_bytes // (element * max(1, self.shape[1]) * SIGN_BLOCK)) * SIGN_BLOCK
             for start in range(0, self.shape[0], rows):
                 block = self._source[start : start + rows]
                 yield self._checked(block if isinstance(block, Tensor) else np.array(block))
@@ -92,7 +91,7 @@ class Rows:
         for block in blocks:
             values = self._checked(block)
             # A block of a network's outputs over a whole file would not fit beside its copies.
-            yield from values.split(max(_ALIGNED, self._block_bytes // max(1, values[:1].nbytes)))
+            yield from values.split(max(SIGN_BLOCK, self._block_bytes // max(1, values[:1].nbytes)))
 
     def _checked(self, block: Any) -> Tensor:
         what = f"a block of {self.argument}"
@@ -202,19 +201,19 @@ def add_sums(sums: Tensor, block: Tensor, first_row: int, draws: Multipliers) ->
         ops.rademacher_sums(sums, block, first_row, draws.first, draws.seed)
         return
     values = block if block.dtype == torch.float64 else block.float()
-    rows = min(len(block), 8 * _ALIGNED)
+    rows = min(len(block), 8 * SIGN_BLOCK)
     step = max(1, _NORMALS // max(rows, block.shape[1]))
     with torch.autocast(block.device.type, enabled=False):
         for row in range(0, len(block), rows):
             part = values[row : row + rows]
             for start in range(0, draws.count, step):
                 target = sums[start : start + step]
-                target += multipliers(part, first_row + row, draws.part(start, len(target))) @ part
+                target += multipliers(part, len(part), first_row + row, draws.part(start, len(target))) @ part
 
 
-def multipliers(rows: Tensor, first_row: int, draws: Multipliers) -> Tensor:
-    """[draws, rows] in the rows' dtype."""
-    return ops.multipliers(rows, len(rows), draws.count, first_row, draws.first, draws.seed, draws.normal)
+def multipliers(like: Tensor, n: int, first_row: int, draws: Multipliers) -> Tensor:
+    """[draws, n] of the samples from first_row on, in the dtype and on the device of `like`."""
+    return ops.multipliers(like, n, draws.count, first_row, draws.first, draws.seed, draws.normal)
 
 
 def reduce_sums(sums: Tensor, n: int, supremum: int) -> tuple[Tensor, Tensor]:
@@ -262,7 +261,7 @@ class NormalSuprema(torch.autograd.Function):
         n, m = outputs.shape
         values = outputs if outputs.dtype == torch.float64 else outputs.float()
         result = torch.zeros_like(values, memory_format=torch.contiguous_format)
-        step = max(1, _NORMALS // max(m, 8 * _ALIGNED))
+        step = max(1, _NORMALS // max(m, 8 * SIGN_BLOCK))
         with torch.autocast(outputs.device.type, enabled=False):
             for start in range(0, len(grad), step):
                 part = slice(start, start + step)
@@ -279,7 +278,7 @@ class NormalSuprema(torch.autograd.Function):
                     weights = values.new_zeros(draws.count, m).scatter_(
                         1, column[:, None], signed[:, None].to(values.dtype)
                     )
-                for row in range(0, n, 8 * _ALIGNED):
-                    target = result[row : row + 8 * _ALIGNED]
-                    target += multipliers(target, row, draws).T @ weights
+                for row in range(0, n, 8 * SIGN_BLOCK):
+                    target = result[row : row + 8 * SIGN_BLOCK]
+                    target += multipliers(target, len(target), row, draws).T @ weights
         return result.to(outputs.dtype), None, None, None, None, None

@@ -86,48 +86,34 @@ def estimate_complexity(function: str, argument: str, outputs: Any, functions: F
         if outputs.dim() != 2:
             raise ValueError(f"{function}: {argument} must be [n, m], got shape {list(outputs.shape)}")
         if isinstance(options.draws, str):
-            return _all_signs(function, argument, outputs, functions, options)
+            return all_signs(function, argument, outputs, functions, options)
         sums = _normal_sums if normal else _signed_sums
     elif isinstance(options.draws, str):
         raise TypeError(f"{function}: draws='all' takes {argument} in a tensor or an array, not in blocks")
     else:
         sums = _streamed_sums
-    draws = whole(function, "draws", options.draws, 1)
-    first_draw = whole(function, "first_draw", options.first_draw, 0)
+    return draw(function, lambda range_: sums(function, argument, outputs, functions, options, range_), options)
+
+
+def draw(function: str, run: Callable[[Range], Estimate], options: Options) -> Estimate:
+    """`run` on the draws that the options ask for, doubled until their standard error is small enough."""
+    draws = whole(function, "draws", options.draws, 1)  # type: ignore[arg-type]
+    first = whole(function, "first_draw", options.first_draw, 0)
     seed = seed_of(function, options.seed)
-
-    def run(first: int, count: int) -> Estimate:
-        return sums(function, argument, outputs, functions, options, (first, count, seed))
-
-    if options.stderr is None:
-        return run(first_draw, draws)
-    return until_stderr(function, run, first_draw, draws, options.stderr, options.max_draws)
-
-
-def _from_numpy(function: str, argument: str, outputs: np.ndarray) -> Tensor:
-    from .samples import as_tensor
-
-    return as_tensor(outputs, function=function, argument=argument)
-
-
-def until_stderr(
-    function: str,
-    run: Callable[[int, int], Estimate],
-    first_draw: int,
-    draws: int,
-    stderr: float,
-    max_draws: int | None,
-) -> Estimate:
-    """`run(first draw, draws)` with twice the draws until their standard error is small enough."""
+    stderr = options.stderr
+    if stderr is None:
+        return run((first, draws, seed))
     if isinstance(stderr, bool) or not isinstance(stderr, (int, float, np.floating)):
         raise TypeError(f"{function}: stderr must be a number or None, got {type(stderr).__name__}")
     if not stderr > 0:
         raise ValueError(f"{function}: stderr must be positive, got {stderr}")
-    most = whole(function, "max_draws", _MAX_DRAWS if max_draws is None else max_draws, draws)
-    estimate, looks = run(first_draw, draws), 1
+    most = whole(
+        function, "max_draws", max(draws, _MAX_DRAWS) if options.max_draws is None else options.max_draws, draws
+    )
+    estimate, looks = run((first, draws, seed)), 1
     while not estimate.stderr <= stderr and estimate.draws < most:
-        count = min(estimate.draws, most - estimate.draws)
-        estimate = estimate.merge(run(first_draw + estimate.draws, count))
+        done = estimate.draws
+        estimate = estimate.merge(run((first + done, min(done, most - done), seed)))
         looks += 1
     # Look l spends delta / (l (l + 1)), delta in all.
     estimate.looks_price = looks * (looks + 1)
@@ -138,6 +124,12 @@ def until_stderr(
             stacklevel=4,
         )
     return estimate
+
+
+def _from_numpy(function: str, argument: str, outputs: np.ndarray) -> Tensor:
+    from .samples import as_tensor
+
+    return as_tensor(outputs, function=function, argument=argument)
 
 
 def _signed_sums(
@@ -172,7 +164,7 @@ def _signed_sums(
     else:
         peak = largest
     found = (suprema, index, largest, peak, outputs.shape[0])
-    return _made(function, argument, functions, options, draws, found, readable)
+    return made(function, argument, functions, options, draws, found, readable)
 
 
 def _in_calls(
@@ -206,7 +198,7 @@ def _normal_sums(
     if options.nan_policy == "raise" and outputs.device.type == "cpu" and math.isnan(suprema[0].item()):
         refuse_nonfinite(function, argument, largest, outputs)
     peak = row_norm if functions.supremum == NORM else largest
-    return _made(function, argument, functions, options, draws, (suprema, index, largest, peak, len(outputs)), True)
+    return made(function, argument, functions, options, draws, (suprema, index, largest, peak, len(outputs)), True)
 
 
 def _streamed_sums(
@@ -229,18 +221,13 @@ def _streamed_sums(
     found = streamed_suprema(rows, which, functions.supremum, options.memory, options.progress, inspect)
     peak = found.row_norm if functions.supremum == NORM else found.largest
     values = (found.suprema, found.index, found.largest, peak, found.n)
-    return _made(function, argument, functions, options, draws, values, True)
+    return made(function, argument, functions, options, draws, values, True)
 
 
-def _all_signs(function: str, argument: str, outputs: Tensor, functions: Functions, options: Options) -> Estimate:
+def all_signs(function: str, argument: str, outputs: Tensor, functions: Functions, options: Options) -> Estimate:
     """Over each of the 2^n sign vectors once, in float64."""
     n = outputs.shape[0]
-    if options.draws != "all":
-        raise TypeError(f"{function}: draws must be an int or 'all', got {options.draws!r}")
-    if n > _MOST_ENUMERATED:
-        raise ValueError(f"{function}: draws='all' takes at most {_MOST_ENUMERATED} samples, got {n}")
-    if options.distribution != "rademacher" or options.stderr is not None or options.first_draw != 0:
-        raise ValueError(f"{function}: draws='all' takes signs, and neither stderr= nor first_draw=")
+    check_all_signs(function, n, options)
     largest = torch.linalg.vector_norm(outputs.detach(), torch.inf, dim=0).double()
     if options.nan_policy == "raise":
         refuse_nonfinite(function, argument, largest, outputs)
@@ -262,12 +249,21 @@ def _all_signs(function: str, argument: str, outputs: Tensor, functions: Functio
             parts.append((size / n, torch.where(best < 0, -1 - column, column)))
     suprema, index = (torch.cat(each) for each in zip(*parts, strict=True))
     peak = largest_row_norm(outputs) if functions.supremum == NORM else largest
-    estimate = _made(function, argument, functions, options, (0, 1 << n, 0), (suprema, index, largest, peak, n), True)
+    estimate = made(function, argument, functions, options, (0, 1 << n, 0), (suprema, index, largest, peak, n), True)
     estimate.enumerated, estimate.seed = True, None
     return estimate
 
 
-def _made(
+def check_all_signs(function: str, n: int, options: Options) -> None:
+    if options.draws != "all":
+        raise ValueError(f"{function}: draws must be an int or 'all', got {options.draws!r}")
+    if n > _MOST_ENUMERATED:
+        raise ValueError(f"{function}: draws='all' takes at most {_MOST_ENUMERATED} samples, got {n}")
+    if options.distribution != "rademacher" or options.stderr is not None or options.first_draw != 0:
+        raise ValueError(f"{function}: draws='all' takes signs, and neither stderr= nor first_draw=")
+
+
+def made(
     function: str,
     argument: str,
     functions: Functions,
@@ -322,14 +318,19 @@ def refuse_bound(function: str, bound: float | None, seen: Tensor) -> None:
 
 
 def refuse_nonfinite(
-    function: str, argument: str, largest: Tensor, rows: Tensor | None = None, first_row: int = 0
+    function: str,
+    argument: str,
+    largest: Tensor,
+    rows: Tensor | None = None,
+    first_row: int = 0,
+    first_column: int = 0,
 ) -> None:
     """Raise where a column's largest magnitude is not finite, naming the column and, of `rows`, its first bad row."""
     finite = largest.isfinite()
     if finite.all():
         return
     column = int(finite.logical_not().nonzero()[0])
-    value, where = "NaN or infinity", f"column {column}"
+    value, where = "NaN or infinity", f"column {first_column + column}"
     if rows is not None:
         row = int(rows[:, column].isfinite().logical_not().nonzero()[0])
         value, where = str(rows[row, column].item()), f"{where}, row {first_row + row}"

@@ -3,156 +3,173 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
-#include "../math/guidance_problem.h"
+#include "dispatch.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace refine_ext {
+
+REFINE_EXT_KERNEL_TABLE(RademacherKernels, rademacher_kernels)
+
 namespace {
 
-constexpr int64_t kColumns = 64, kDraws = 32;
+constexpr double kSerial = 1 << 20;  // multiplications that cost less than waking threads
 
-double value_at(const void* data, Storage storage, int64_t i) {
-  return SampleValues{data, 1, storage, 0.0}.at(i);
-}
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void store_at(void* data, Storage storage, int64_t i, double value) {
-  switch (storage) {
-    case Storage::float64:
-      static_cast<double*>(data)[i] = value;
-      break;
-    case Storage::float32:
-      static_cast<float*>(data)[i] = static_cast<float>(value);
-      break;
-    case Storage::bfloat16: {
-      const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
-      static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-      break;
-    }
-    default:
-      static_cast<_Float16*>(data)[i] = static_cast<_Float16>(value);
+// What threads share: `parts` of the blocks of columns times `chunks` of the draws. Parts see a draw's
+// columns in any order; rows are never divided.
+struct Grid {
+  int64_t blocks, parts, chunks, draws;  // draws of a chunk
+
+  Grid(int64_t n, int64_t m, int64_t all_draws, Storage storage, bool one_part)
+      : blocks(divide_up(m, row_columns(storage))), parts(1), chunks(divide_up(all_draws, kChunkDraws)) {
+    const double work = static_cast<double>(n) * static_cast<double>(m) * static_cast<double>(all_draws);
+    const int64_t threads = work < kSerial ? 1 : num_threads();
+    // Few blocks divide unevenly; many draws do not mind that each chunk makes its tables.
+    if (!one_part && (blocks >= 8 * threads || all_draws < 256 * threads)) parts = std::min(threads, blocks);
+    if (parts < threads) chunks = std::min(divide_up(chunks, threads) * threads, divide_up(all_draws, 16));
+    draws = divide_up(all_draws, chunks);
+    chunks = divide_up(all_draws, draws);
   }
-}
 
-// sums [draws][columns] += those of rows [0, n) and columns [column, column + columns).
-void add_sums(const void* outputs, Storage storage, int64_t n, int64_t stride, int64_t first_row,
-              int64_t column, int64_t columns, uint64_t first_draw, int64_t draws, uint64_t seed, int digits,
-              double* sums, int64_t sums_stride, double* largest) {
-  std::vector<int64_t> fixed(kSignBlock * kColumns), sum(kColumns);
-  std::vector<double> back(kColumns);
-  for (int64_t row = 0; row < n; row += kSignBlock) {
-    const int64_t rows = std::min(kSignBlock, n - row);
-    for (int64_t j = 0; j < columns; ++j) {
-      double peak = 0.0;
-      for (int64_t i = 0; i < rows; ++i) {
-        const double v = std::fabs(value_at(outputs, storage, (row + i) * stride + column + j));
-        peak = v > peak || v != v ? v : peak;
-        if (peak != peak) break;
-      }
-      int bits = kFixedBits64;
-      if (storage != Storage::float64) {
-        const FixedPoint coarse = fixed_point(peak, certain_bits(rows));
-        uint64_t magnitude = 0;
-        for (int64_t i = 0; i < rows && peak < HUGE_VAL; ++i) {
-          const double v = value_at(outputs, storage, (row + i) * stride + column + j);
-          magnitude += static_cast<uint64_t>(std::abs(to_fixed(v, coarse.shift, certain_bits(rows))));
-        }
-        bits = fixed_bits(rows, magnitude, digits);
-      }
-      const FixedPoint point = fixed_point(peak, bits);
-      back[j] = point.back;
-      if (largest) largest[j] = peak > largest[j] || peak != peak ? peak : largest[j];
-      for (int64_t i = 0; i < rows; ++i) {
-        const double v = value_at(outputs, storage, (row + i) * stride + column + j);
-        fixed[i * kColumns + j] = peak < HUGE_VAL ? to_fixed(v, point.shift, bits) : 0;
-      }
-    }
-    for (int64_t k = 0; k < draws; ++k) {
-      const PhiloxSequence sequence = sign_sequence(seed, first_draw + k);
-      std::fill(sum.begin(), sum.end(), 0);
-      for (int64_t i = 0; i < rows; ++i) {
-        const PhiloxBlock<uint32_t> block = sequence.block((first_row + row + i) / kSignsPerPhilox);
-        const int64_t sign = sign_bit(block, (row + i) % kSignsPerPhilox) ? 1 : -1;
-        for (int64_t j = 0; j < columns; ++j) sum[j] += sign * fixed[i * kColumns + j];
-      }
-      for (int64_t j = 0; j < columns; ++j)
-        sums[k * sums_stride + j] += static_cast<double>(sum[j]) * back[j];
+  int64_t panel_blocks() const { return std::min(kPanelBlocks, divide_up(blocks, parts)); }
+
+  // Calls body(part, chunk, scratch) for all of them; scratch has `bytes` of its own for each thread.
+  template <class F>
+  void run(int64_t bytes, const F& body) const {
+    parallel_for(0, parts * chunks, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<char> scratch(bytes);
+      for (int64_t t = begin; t < end; ++t) body(t / chunks, t % chunks, scratch.data());
+    });
+  }
+
+  // Calls body(column, columns) for the panels of a part.
+  template <class F>
+  void panels(int64_t part, int64_t m, int64_t width, const F& body) const {
+    const int64_t last = std::min(m, blocks * (part + 1) / parts * width);
+    const int64_t most = panel_blocks() * width;
+    for (int64_t column = blocks * part / parts * width; column < last; column += most) {
+      body(column, std::min(most, last - column));
     }
   }
+};
+
+template <class Problem>
+RademacherPanel panel_of(const Problem& p, int64_t column, int64_t columns, int64_t first, int64_t draws) {
+  RademacherPanel panel{};
+  panel.outputs = static_cast<const char*>(p.outputs) + column * size_of(p.storage);
+  panel.storage = p.storage;
+  panel.n = p.n;
+  panel.stride = p.stride;
+  panel.columns = columns;
+  panel.draws = draws;
+  panel.first_draw = p.first_draw + static_cast<uint64_t>(first);
+  panel.seed = p.seed;
+  panel.digits = 3;
+  return panel;
 }
 
 }  // namespace
 
 void rademacher_suprema_cpu(const RademacherProblem& p) {
+  const RademacherKernels& kernels = rademacher_kernels_table();
+  const bool norm = p.supremum == Supremum::norm;
+  const int64_t width = row_columns(p.storage);
+  const Grid grid(p.n, p.m, p.draws, p.storage, norm);
+  const int64_t sums = grid.panel_blocks() * width * grid.draws, lanes = norm ? 16 * grid.draws : 0;
   std::fill(p.largest, p.largest + p.m, 0.0);
-  std::vector<double> sums(kDraws * kColumns);
-  for (int64_t first = 0; first < p.draws; first += kDraws) {
-    const int64_t draws = std::min(kDraws, p.draws - first);
-    std::vector<double> best(draws, -HUGE_VAL), lanes(draws * 16, 0.0);
-    for (int64_t column = 0; column < p.m; column += kColumns) {
-      const int64_t columns = std::min(kColumns, p.m - column);
-      std::fill(sums.begin(), sums.end(), 0.0);
-      add_sums(p.outputs, p.storage, p.n, p.stride, 0, column, columns, p.first_draw + first, draws, p.seed,
-               p.digits, sums.data(), kColumns, p.largest + column);
-      for (int64_t k = 0; k < draws; ++k) {
-        for (int64_t j = 0; j < columns; ++j) {
-          const double sum = sums[k * kColumns + j];
-          lanes[k * 16 + (column + j) % 16] += sum * sum;
-          const double size = p.supremum == Supremum::magnitude ? std::fabs(sum) : sum;
-          if (size > best[k] || (size != size && best[k] == best[k])) {
-            best[k] = size;
-            p.index[first + k] = sum < 0.0 ? -1 - (column + j) : column + j;
-          }
-        }
-      }
+  // Of all parts but the first, whose are the results.
+  std::vector<double> best((grid.parts - 1) * p.draws);
+  std::vector<int64_t> index((grid.parts - 1) * p.draws);
+  grid.run(8 * (sums + lanes) + kernels.scratch_bytes(p.n, grid.draws), [&](int64_t part, int64_t chunk,
+                                                                            char* scratch) {
+    const int64_t first = chunk * grid.draws, draws = std::min(grid.draws, p.draws - first);
+    const int64_t at = (part - 1) * p.draws + first;
+    const SupremumState state{part ? best.data() + at : p.suprema + first,
+                              part ? index.data() + at : p.index + first,
+                              reinterpret_cast<double*>(scratch) + sums};
+    std::fill(state.best, state.best + draws, -HUGE_VAL);
+    std::fill(state.index, state.index + draws, -1);
+    std::fill(state.lanes, state.lanes + (norm ? 16 * draws : 0), 0.0);
+    grid.panels(part, p.m, width, [&](int64_t column, int64_t columns) {
+      RademacherPanel panel = panel_of(p, column, columns, first, draws);
+      panel.digits = p.digits;
+      panel.sums = reinterpret_cast<double*>(scratch);
+      panel.largest = chunk == 0 ? p.largest + column : nullptr;
+      panel.scratch = scratch + 8 * (sums + lanes);
+      std::memset(panel.sums, 0, static_cast<size_t>(8 * sums));
+      kernels.add_sums(panel);
+      kernels.reduce(panel, column, p.supremum, state);
+    });
+    for (int64_t k = 0; norm && k < draws; ++k) {
+      state.best[k] = std::sqrt(std::accumulate(state.lanes + 16 * k, state.lanes + 16 * (k + 1), 0.0));
     }
-    for (int64_t k = 0; k < draws; ++k) {
-      if (p.supremum == Supremum::norm) {
-        double square = 0.0;
-        for (int l = 0; l < 16; ++l) square += lanes[k * 16 + l];
-        best[k] = std::sqrt(square);
-        p.index[first + k] = -1;
+  });
+  for (int64_t part = 1; part < grid.parts; ++part) {
+    for (int64_t k = 0; k < p.draws; ++k) {
+      const double other = best[(part - 1) * p.draws + k];
+      if (other > p.suprema[k] || (other != other && p.suprema[k] == p.suprema[k])) {
+        p.suprema[k] = other;
+        p.index[k] = index[(part - 1) * p.draws + k];
       }
-      p.suprema[first + k] = best[k] / static_cast<double>(p.n);
     }
   }
+  for (int64_t k = 0; k < p.draws; ++k) p.suprema[k] /= static_cast<double>(p.n);
 }
 
 void rademacher_sums_cpu(const RademacherSumsProblem& p) {
-  for (int64_t column = 0; column < p.m; column += kColumns) {
-    add_sums(p.outputs, p.storage, p.n, p.stride, p.first_row, column, std::min(kColumns, p.m - column),
-             p.first_draw, p.draws, p.seed, 3, p.sums + column, p.m, nullptr);
-  }
+  const RademacherKernels& kernels = rademacher_kernels_table();
+  const int64_t width = row_columns(p.storage);
+  const Grid grid(p.n, p.m, p.draws, p.storage, false);
+  const int64_t sums = grid.panel_blocks() * width * grid.draws;
+  grid.run(8 * sums + kernels.scratch_bytes(p.n, grid.draws),
+           [&](int64_t part, int64_t chunk, char* scratch) {
+             const int64_t first = chunk * grid.draws, draws = std::min(grid.draws, p.draws - first);
+             grid.panels(part, p.m, width, [&](int64_t column, int64_t columns) {
+               RademacherPanel panel = panel_of(p, column, columns, first, draws);
+               panel.sums = reinterpret_cast<double*>(scratch);
+               panel.scratch = scratch + 8 * sums;
+               panel.first_row = p.first_row;
+               std::memset(panel.sums, 0, static_cast<size_t>(8 * sums));
+               // The caller's rows are of all columns.
+               const auto each_row = [&](const auto& copy) {
+                 for (int64_t j = 0; j < columns; j += width) {
+                   const size_t bytes = static_cast<size_t>(std::min(width, columns - j)) * sizeof(double);
+                   for (int64_t k = 0; k < draws; ++k) {
+                     copy(p.sums + (first + k) * p.m + column + j, panel.sums + j * draws + k * width, bytes);
+                   }
+                 }
+               };
+               each_row([](double* outer, double* inner, size_t bytes) { std::memcpy(inner, outer, bytes); });
+               kernels.add_sums(panel);
+               each_row([](double* outer, double* inner, size_t bytes) { std::memcpy(outer, inner, bytes); });
+             });
+           });
 }
 
 void rademacher_backward_cpu(const RademacherBackwardProblem& p) {
-  parallel_for(0, p.n, 256, [&](int64_t begin, int64_t end) {
-    std::vector<double> row(p.m);
-    for (int64_t i = begin; i < end; ++i) {
-      std::fill(row.begin(), row.end(), 0.0);
-      for (int64_t k = 0; k < p.draws; ++k) {
-        const PhiloxBlock<uint32_t> block =
-            sign_sequence(p.seed, p.first_draw + k).block(i / kSignsPerPhilox);
-        const bool up = sign_bit(block, i % kSignsPerPhilox) == (p.index[k] >= 0);
-        const double grad = p.grad[k] / static_cast<double>(p.n);
-        row[p.index[k] >= 0 ? p.index[k] : -1 - p.index[k]] += up ? grad : -grad;
-      }
-      for (int64_t j = 0; j < p.m; ++j) store_at(p.out, p.storage, i * p.m + j, row[j]);
-    }
+  const RademacherKernels& kernels = rademacher_kernels_table();
+  std::vector<int64_t> order(p.draws);
+  std::iota(order.begin(), order.end(), 0);
+  const auto column = [&](int64_t k) { return p.index[k] >= 0 ? p.index[k] : -1 - p.index[k]; };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return column(a) < column(b); });
+  const int64_t blocks = divide_up(p.n, kSignsPerPhilox);
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 17) / (kSignsPerPhilox * (p.draws + p.m)));
+  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    const Scratch<double> tile(kBackwardColumns * kSignsPerPhilox);
+    kernels.backward(p, order.data(), tile.data(), begin * kSignsPerPhilox,
+                     std::min(p.n, end * kSignsPerPhilox));
   });
 }
 
 void multipliers_cpu(const MultipliersProblem& p) {
-  parallel_for(0, p.draws, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const PhiloxSequence sequence = sign_sequence(p.seed, p.first_draw + k);
-      for (int64_t i = 0; i < p.n; ++i) {
-        const PhiloxBlock<uint32_t> block = sequence.block((p.first_row + i) / kSignsPerPhilox);
-        store_at(p.out, p.storage, k * p.n + i, sign_bit(block, i % kSignsPerPhilox) ? 1.0 : -1.0);
-      }
-    }
-  });
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, p.n));
+  parallel_for(0, p.draws, grain,
+               [&](int64_t begin, int64_t end) { rademacher_kernels_table().multipliers(p, begin, end); });
 }
 
 }  // namespace refine_ext
