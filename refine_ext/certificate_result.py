@@ -1,4 +1,4 @@
-"""What a refined certificate knows: the terms of its bounds, the refined weights, and what follows for other samples."""
+"""What a refined certificate knows: the terms of its bounds, the refined weights, the bounds of other samples."""
 
 from __future__ import annotations
 
