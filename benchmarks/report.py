@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gate_results
 import ledger
+import report_certificate
 import roofline
 from traffic import traffic
 
@@ -331,6 +332,11 @@ def guided_mixture() -> str:
     return "\n".join(lines)
 
 
+def certificate() -> str:
+    result = _load("certificate")
+    return report_certificate.table(result) if result else ""
+
+
 TABLES = {
     "density_ratio": density_ratio,
     "resampling": resampling,
@@ -340,6 +346,7 @@ TABLES = {
     "demo_diffusion": demo_diffusion,
     "demo_latent": demo_latent,
     "guided_mixture": guided_mixture,
+    "certificate": certificate,
 }
 
 
@@ -399,6 +406,8 @@ def main() -> None:
     (RESULTS / "README.md").write_text(ledger.render(gate_results.load(RESULTS)))
     for name, plot in plots().items():
         roofline.draw(plot.rows, plot.title, plot.limit, ROOT / "docs" / f"{name}.png")
+    if result := _load("certificate"):
+        report_certificate.draw(result, ROOT / "docs" / "certificate.png")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
+    from .local_complexity import LocalComplexity, rademacher_local
     from .modular import DiscriminatorGuidance
+    from .neural_complexity import rademacher_neural
     from .norm_bound_search import NormBoundSearch, suggest_norm_bound
+    from .norm_bounds import rademacher_norm_bounds
     from .rkhs import rademacher_rkhs
     from .schedulers import wrap_scheduler
 
@@ -60,10 +63,14 @@ _LAZY = {
     "LatentLangevin": "latent",
     "latent_flow": "latent",
     "latent_langevin": "latent",
+    "LocalComplexity": "local_complexity",
+    "rademacher_local": "local_complexity",
     "DiscriminatorGuidance": "modular",
+    "rademacher_neural": "neural_complexity",
+    "rademacher_norm_bounds": "norm_bounds",
+    "rademacher_rkhs": "rkhs",
     "NormBoundSearch": "norm_bound_search",
     "suggest_norm_bound": "norm_bound_search",
-    "rademacher_rkhs": "rkhs",
     "wrap_scheduler": "schedulers",
 }
 
@@ -76,6 +83,7 @@ __all__ = [
     "Guide",
     "LatentFlow",
     "LatentLangevin",
+    "LocalComplexity",
     "Metropolis",
     "NormBoundSearch",
     "RefinedDenoiser",
@@ -97,6 +105,9 @@ __all__ = [
     "rademacher",
     "rademacher_l1",
     "rademacher_linear",
+    "rademacher_local",
+    "rademacher_neural",
+    "rademacher_norm_bounds",
     "rademacher_rkhs",
     "refinement_certificate",
     "rejection",
