@@ -1,4 +1,4 @@
-"""What the README says of the certificates that bench_certificate.py made: tables and a picture."""
+"""What the certificates that bench_certificate.py made have shown: tables and a picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import roofline
+from report_common import load
 
 SHOWN = (100, 1000, 10_000)  # of n, and of N
 BOUNDS = {
@@ -109,6 +110,11 @@ def table(document: dict[str, Any]) -> str:
         f"{facts['commit']}, {facts['date']}."
     )
     return "\n".join([*_violations(document), note, *_sizes(document), end])
+
+
+def certificate() -> str:
+    result = load("certificate")
+    return f"{table(result)}\n\n![Bounds and truths](certificate.png)" if result else ""
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

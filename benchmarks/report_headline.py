@@ -1,0 +1,122 @@
+"""The README's short table: of each capability one row of the committed results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from report_common import duration, load, measured, times
+from report_demos import mean_and_error
+
+Row = dict[str, Any]
+
+
+class Kernel(NamedTuple):
+    """A row of a result on one thread, and the forms of torch beside ours, `written` as most users write it."""
+
+    result: str
+    title: str
+    shown: Callable[[Row], bool]
+    size: Callable[[Row], str]
+    written: str
+    # What does the same: torch's forms by the name of ours that each is compared with.
+    forms: dict[str, tuple[str, ...]]
+
+
+def _ratio(divergence: str) -> Callable[[Row], bool]:
+    return lambda row: row.get("divergence") == row["variant"] == divergence and row["n"] == 10**7
+
+
+def _samples(row: Row) -> str:
+    return f"{row['n']:,}"
+
+
+_EAGER_OR_COMPILED = {"refine_ext": ("eager", "compile")}
+KERNELS = (
+    Kernel("density_ratio_cpu", "density ratio, `kl`", _ratio("kl"), _samples, "eager", _EAGER_OR_COMPILED),
+    Kernel(
+        "density_ratio_cpu",
+        "density ratio, `jensen_shannon`, solved",
+        _ratio("jensen_shannon"),
+        _samples,
+        "eager",
+        _EAGER_OR_COMPILED,
+    ),
+    Kernel(
+        "resampling_cpu",
+        "`resample`, multinomial",
+        lambda row: row["variant"].startswith("multinomial") and row["n"] == row["num"] == 10**6,
+        lambda row: f"{row['num']:,} of {row['n']:,}",
+        "torch.multinomial",
+        {"refine_ext": ("torch.multinomial", "searchsorted")},
+    ),
+    *(
+        Kernel(
+            "guidance_cpu",
+            f"guided step {variant}",
+            lambda row, variant=variant: (
+                (row["op"], row["variant"], row["dtype"]) == ("guided_step", variant, "float32")
+                and row["shape"] == [64, 12288]
+            ),
+            lambda row: " × ".join(map(str, row["shape"])),
+            "eager",
+            {"refine_ext": ("eager", "compile"), "refine_ext_inplace": ("eager_inplace",)},
+        )
+        for variant in ("with noise", "without noise")
+    ),
+)
+DEMOS = {
+    "demo_digits": ("handwritten digits, reweighted", "after"),
+    "demo_diffusion": ("small diffusion, guided", "after"),
+    "demo_latent": ("in latent space, {}", "flow_kl"),
+}
+
+
+def _kernel(kernel: Kernel, row: Row) -> str:
+    seconds = {name: time["seconds"] for name, time in row["time"].items() if "seconds" in time}
+    ours = seconds["refine_ext"]
+    best = min(
+        seconds[form] / seconds[name] for name, forms in kernel.forms.items() for form in forms if form in seconds
+    )
+    return (
+        f"| {kernel.title} | {kernel.size(row)} | {duration(ours)} | {times(seconds[kernel.written] / ours)} | "
+        f"{times(best)} |"
+    )
+
+
+def _demos() -> Iterator[str]:
+    for name, (title, refined) in DEMOS.items():
+        if result := load(name):
+            summary = result["summary"]
+            for model, measures in summary.items() if name == "demo_latent" else [("", summary)]:
+                energy = measures["energy_distance"]
+                cells = " | ".join(mean_and_error(energy[stage]) for stage in ("before", refined))
+                yield f"| {title.format(model)} | {cells} |"
+
+
+def headline() -> str:
+    rows: list[str] = []
+    machines: dict[str, None] = {}
+    for kernel in KERNELS:
+        if document := load(kernel.result):
+            facts = document["facts"]
+            found = [row for row in measured(document) if row["threads"] == 1 and kernel.shown(row)]
+            rows += [_kernel(kernel, row) for row in found]
+            machines[f"{facts['cpu']} ({facts['simd']}), torch {facts['torch']}"] = None
+    lines = []
+    if rows:
+        lines += [
+            "| one CPU thread, float32 | size | time | torch, as usually written | its best form |",
+            "|---|---|---|---|---|",
+            *rows,
+            f"\nHow many times longer torch takes, in interleaved runs; its best form is the fastest of those measured "
+            f"(torch.compile and in-place ones among them). {'; '.join(machines)}.",
+        ]
+    if demos := list(_demos()):
+        lines += [
+            "",
+            "| energy distance to held-out real digits | generated | refined |",
+            "|---|---|---|",
+            *demos,
+        ]
+    return "\n".join(lines)
