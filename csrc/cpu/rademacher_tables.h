@@ -35,7 +35,9 @@ using Wide = Shape<6, 7>;     // 28 KB of tables; L1 has room left for what stre
 using Narrow = Shape<4, 12>;  // where making 64 entries costs more than looking them up
 constexpr int64_t kFewDraws = 128;
 
-constexpr int64_t kPaddedRows = kSignBlock + 64;
+// Rows of 64 bytes that a staged block of columns has room for: its own and those of zeros after them, or 210
+// rows of twice as many bytes.
+inline int64_t staged_rows(int64_t n) { return std::min(n, kSignBlock) + 256; }
 
 // Blocks of columns that are read at once, 256 bytes of each row: rows may be pages apart.
 constexpr int64_t kStaged = 4;
@@ -46,7 +48,7 @@ inline int64_t padded_draws(int64_t draws) { return (draws + 7) / 8 * 8; }
 struct PanelScratch {
   uint64_t* bits;   // [2 for each Philox block][padded draws]
   uint64_t* words;  // [steps][padded draws]
-  char* fixed;      // [kStaged][kPaddedRows] rows
+  char* fixed;      // [kStaged][staged_rows] rows
   char* tables;
   char* running;  // [draws] rows
 };
@@ -57,7 +59,7 @@ inline int64_t scratch_bytes(int64_t n, int64_t draws) {
   const int64_t rows = std::min(n, kSignBlock);
   const int64_t words = sign_words(rows) + Wide::steps(rows);
   return padded_draws(draws) * 8 * words +
-         kRowBytes * (kStaged * kPaddedRows + Wide::kEntries * Wide::kTables + draws);
+         kRowBytes * (kStaged * staged_rows(n) + Wide::kEntries * Wide::kTables + draws);
 }
 
 inline PanelScratch divide(void* scratch, int64_t n, int64_t draws) {
@@ -66,7 +68,7 @@ inline PanelScratch divide(void* scratch, int64_t n, int64_t draws) {
   parts.bits = static_cast<uint64_t*>(scratch);
   parts.words = parts.bits + sign_words(rows) * padded;
   parts.fixed = reinterpret_cast<char*>(parts.words + Wide::steps(rows) * padded);
-  parts.tables = parts.fixed + kStaged * kPaddedRows * kRowBytes;
+  parts.tables = parts.fixed + kStaged * staged_rows(n) * kRowBytes;
   parts.running = parts.tables + Wide::kEntries * Wide::kTables * kRowBytes;
   return parts;
 }
