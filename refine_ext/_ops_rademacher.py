@@ -69,11 +69,12 @@ def _norm_backward(grad: Tensor, outputs: Tensor, suprema: Tensor, first_draw: i
     n = outputs.shape[0]
     like = outputs if outputs.dtype == torch.float64 else outputs.float()
     result = torch.zeros_like(like)
-    for first in range(0, len(grad), _DRAWS):
-        part = slice(first, first + _DRAWS)
-        scale = torch.where(suprema[part] > 0, grad[part] / (suprema[part] * float(n) ** 2), 0.0).to(like.dtype)
-        signs = ops.multipliers(like, n, len(scale), 0, first_draw + first, seed, False)
-        result = result + signs.T @ ((signs @ like) * scale[:, None])
+    with torch.autocast(outputs.device.type, enabled=False):
+        for first in range(0, len(grad), _DRAWS):
+            part = slice(first, first + _DRAWS)
+            scale = torch.where(suprema[part] > 0, grad[part] / (suprema[part] * float(n) ** 2), 0.0).to(like.dtype)
+            signs = ops.multipliers(like, n, len(scale), 0, first_draw + first, seed, False)
+            result = result + signs.T @ ((signs @ like) * scale[:, None])
     return result.to(outputs.dtype)
 
 

@@ -47,7 +47,9 @@ class Rows:
         self.shape = tuple(source.shape) if isinstance(source, (Tensor, np.ndarray)) else None
         self._kind: tuple[int, torch.dtype, torch.device] | None = None
         self.once = isinstance(source, Iterator)
-        if not (self.shape is not None or callable(source) or isinstance(source, Iterable)):
+        if isinstance(source, (str, bytes)) or not (
+            self.shape is not None or callable(source) or isinstance(source, Iterable)
+        ):
             raise TypeError(
                 f"{function}: {argument} must be a tensor, a NumPy array, row blocks in an iterable, or a function "
                 f"that returns one, got {type(source).__name__}"

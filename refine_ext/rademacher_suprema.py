@@ -21,6 +21,7 @@ MEMORY = 1 << 30
 
 _OP = ops.rademacher_suprema.default
 _MAX_DRAWS = 1 << 20  # what draws double to where a standard error is asked for
+_MOST_DRAWS = 1 << 40  # csrc/ops/rademacher.h kMostDraws
 _MOST_ENUMERATED = 20  # samples whose sign vectors are all taken
 _CALL, _CALL_DRAWS = 1 << 37, 512  # products of signs in a call of seconds on a CPU; its draws are not cut below
 
@@ -72,10 +73,7 @@ def seed_of(function: str, seed: int | None) -> int:
 
 
 def estimate_complexity(function: str, argument: str, outputs: Any, functions: Functions, options: Options) -> Estimate:
-    if options.distribution not in ("rademacher", "normal"):
-        raise ValueError(f"{function}: distribution must be rademacher or normal, got {options.distribution!r}")
-    if options.nan_policy not in ("raise", "propagate"):
-        raise ValueError(f"{function}: nan_policy must be raise or propagate, got {options.nan_policy!r}")
+    check_options(function, options)
     normal = options.distribution == "normal"
     if isinstance(outputs, np.ndarray) and not (isinstance(outputs, np.memmap) and outputs.nbytes > options.memory):
         outputs = _from_numpy(function, argument, outputs)
@@ -95,9 +93,19 @@ def estimate_complexity(function: str, argument: str, outputs: Any, functions: F
     return draw(function, lambda range_: sums(function, argument, outputs, functions, options, range_), options)
 
 
+def check_options(function: str, options: Options) -> None:
+    if options.distribution not in ("rademacher", "normal"):
+        raise ValueError(f"{function}: distribution must be rademacher or normal, got {options.distribution!r}")
+    if options.nan_policy not in ("raise", "propagate"):
+        raise ValueError(f"{function}: nan_policy must be raise or propagate, got {options.nan_policy!r}")
+    whole(function, "memory", options.memory, 1)
+
+
 def draw(function: str, run: Callable[[Range], Estimate], options: Options) -> Estimate:
     """`run` on the draws that the options ask for, doubled until their standard error is small enough."""
     draws = whole(function, "draws", options.draws, 1)  # type: ignore[arg-type]
+    if draws > _MOST_DRAWS:
+        raise ValueError(f"{function}: draws must be between 1 and 2^40, got {draws}")
     first = whole(function, "first_draw", options.first_draw, 0)
     seed = seed_of(function, options.seed)
     stderr = options.stderr

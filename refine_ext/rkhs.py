@@ -20,6 +20,7 @@ from .rademacher_suprema import (
     Range,
     all_signs,
     check_all_signs,
+    check_options,
     draw,
     made,
     norm_bound_of,
@@ -80,6 +81,7 @@ def rademacher_rkhs(
     """
     functions = Functions("kernel, norm", NORM, norm_bound_of(_NAME, norm_bound))
     options = Options(draws, seed, distribution, stderr, max_draws, 3, nan_policy, first_draw, bound, memory, progress)
+    check_options(_NAME, options)
     n, block = _blocks(gram, kernel, x, check=nan_policy == "raise")
     if isinstance(draws, str):
         check_all_signs(_NAME, n, options)
