@@ -150,18 +150,18 @@ def cases(quick: bool, main_only: bool) -> Iterator[Case]:
         yield supremum_case((64, 8, 32), norm=True)
         yield backward_case((64, 8, 32))
         return
-    yield supremum_case(MAIN, compiled=not main_only, budget=20.0)
+    yield supremum_case(MAIN, compiled=not main_only, budget=12.0)
     if main_only:
         return
-    yield supremum_case(MANY_COLUMNS, budget=15.0)
+    yield supremum_case(MANY_COLUMNS, budget=8.0)
     for dtype in (torch.bfloat16, torch.float64):
-        yield supremum_case(MAIN, dtype, budget=15.0)
-    yield supremum_case(MAIN, norm=True, budget=15.0)
-    yield backward_case(MAIN, budget=15.0)
+        yield supremum_case(MAIN, dtype, budget=8.0)
+    yield supremum_case(MAIN, norm=True, budget=8.0)
+    yield backward_case(MAIN, budget=8.0)
     for size in SMALL:
         yield supremum_case(size)
     if (cores := torch.get_num_threads()) > 1:
-        yield supremum_case(MAIN, threads=cores, budget=15.0)
+        yield supremum_case(MAIN, threads=cores, budget=8.0)
 
 
 def other_instruction_sets() -> dict[str, list[dict[str, Any]]]:
