@@ -18,6 +18,7 @@ import report_common
 import report_demos
 import report_headline
 import report_kernels
+import report_rademacher
 import roofline
 from report_common import ROOT, complete, load, measured
 
@@ -28,6 +29,7 @@ TABLES = {
     "density_ratio": report_kernels.density_ratio,
     "resampling": report_kernels.resampling,
     "guidance": report_kernels.guidance,
+    "rademacher": report_rademacher.rademacher,
     "gpu": report_kernels.gpu,
     "demo_digits": report_demos.demo_digits,
     "demo_diffusion": report_demos.demo_diffusion,

@@ -47,6 +47,11 @@ def density_ratio() -> str:
         f"\n10⁷ float32 outputs, one thread, warm output, {machine(result['facts'])}. How many times longer torch "
         "takes. A shared machine: within one interleaved run, and varying by tens of percent between runs."
     )
+    small = result["calls"]["small_call"]
+    lines.append(
+        f"A call on 64 elements takes {duration(small['refine_ext']['seconds'])}, eager torch "
+        f"{duration(small['eager']['seconds'])}, `torch.softmax` {duration(small['softmax']['seconds'])}."
+    )
     lines.append("\n![Bandwidth of every family against a copy](roofline_cpu.png)")
     return "\n".join(lines)
 

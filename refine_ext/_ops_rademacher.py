@@ -12,7 +12,6 @@ from . import _library  # noqa: F401  (the ops are registered by then)
 ops = torch.ops.refine_ext
 SUPREMA = ("largest", "magnitude", "norm")  # csrc/math/rademacher_problem.h Supremum
 _LARGEST, _NORM = SUPREMA.index("largest"), SUPREMA.index("norm")
-_BLOCK = 1024  # csrc/math/rademacher.h kSignBlock
 _DRAWS = 64  # whose sums the gradient of a norm holds at once
 
 

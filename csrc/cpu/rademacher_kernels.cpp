@@ -90,7 +90,7 @@ class FixedColumns {
         V{(typename V::Native)integer}.store(at);
       }
     }
-    std::memset(fixed_ + rows_ * kColumns, 0, static_cast<size_t>(kPaddedRows - rows_) * kRowBytes);
+    std::memset(fixed_ + rows_ * kColumns, 0, Narrow::kRows * kRowBytes);  // the most that a step lacks
   }
 
   REFINE_EXT_INLINE Bits magnitude(V x, int column) const {
@@ -128,7 +128,7 @@ void add_sums_of(const RademacherPanel& panel) {
   using S = typename Columns::S;
   constexpr int kColumns = Columns::kColumns;
   const PanelScratch scratch = divide(panel.scratch, panel.n, panel.draws);
-  const int64_t padded = padded_draws(panel.draws);
+  const int64_t padded = padded_draws(panel.draws), block_rows = staged_rows(panel.n);
   Row<E>* running = reinterpret_cast<Row<E>*>(scratch.running);
   std::memset(running, 0, static_cast<size_t>(panel.draws * kRowBytes));
   alignas(64) double back[kColumns];
@@ -140,13 +140,13 @@ void add_sums_of(const RademacherPanel& panel) {
       const int64_t columns = std::min<int64_t>(kStaged * kColumns, panel.columns - stage);
       S* staged = reinterpret_cast<S*>(scratch.fixed);
       Staging<T, S, kColumns> staging;
-      staging.read(data, panel.stride, rows, columns, staged, kPaddedRows);
+      staging.read(data, panel.stride, rows, columns, staged, block_rows);
       for (int64_t j = 0; panel.largest && j < columns; ++j) {
         const double peak = staging.largest(j);
         double& largest = panel.largest[stage + j];
         largest = peak > largest || peak != peak ? peak : largest;
       }
-      for (int64_t column = 0; column < columns; column += kColumns, staged += kPaddedRows * kColumns) {
+      for (int64_t column = 0; column < columns; column += kColumns, staged += block_rows * kColumns) {
         FixedColumns<T>(staged, rows, panel.digits, back, [&](int j) { return staging.largest(column + j); });
         for (int64_t s = 0; s < Shape::steps(rows); ++s) {
           const int64_t first = s * Shape::kRows;

@@ -80,9 +80,9 @@ void flush(Row<int16_t>* running, int64_t draws, const float* back, float* sums)
 template <class T>
 bool add_sums_of(const RademacherPanel& panel, float* error) {
   const PanelScratch scratch = divide(panel.scratch, panel.n, panel.draws);
-  constexpr int64_t kBlockRows = kPaddedRows / 2;  // rows of float32 are twice as wide
-  static_assert(kRows <= kBlockRows && kPanelBlocks % kStaged == 0);
+  static_assert(kRows <= 210 && kPanelBlocks % kStaged == 0);
   const int64_t padded = padded_draws(panel.draws);
+  const int64_t block_rows = staged_rows(panel.n) / 2;  // of float32, which are twice as wide
   Row<int16_t>* running = reinterpret_cast<Row<int16_t>*>(scratch.running);
   std::memset(running, 0, static_cast<size_t>(panel.draws * kRowBytes));
   float* sums = reinterpret_cast<float*>(panel.sums);
@@ -100,9 +100,9 @@ bool add_sums_of(const RademacherPanel& panel, float* error) {
         const int64_t part = std::min(kRows, rows - first);
         const T* data = static_cast<const T*>(panel.outputs) + (row + first) * panel.stride + stage;
         float* staged = reinterpret_cast<float*>(scratch.fixed);
-        staging[stage / (kStaged * kColumns)].read(data, panel.stride, part, columns, staged, kBlockRows);
+        staging[stage / (kStaged * kColumns)].read(data, panel.stride, part, columns, staged, block_rows);
         for (int64_t column = stage; column < stage + columns;
-             column += kColumns, staged += kBlockRows * kColumns) {
+             column += kColumns, staged += block_rows * kColumns) {
           to_integers(staged, part, back, errors[column / kColumns]);
           for (int64_t s = 0; s < Wide::steps(part); ++s) {
             add_step<int16_t, Wide>(

@@ -35,7 +35,9 @@ using Wide = Shape<6, 7>;     // 28 KB of tables; L1 has room left for what stre
 using Narrow = Shape<4, 12>;  // where making 64 entries costs more than looking them up
 constexpr int64_t kFewDraws = 128;
 
-constexpr int64_t kPaddedRows = kSignBlock + 64;
+// Rows of 64 bytes that a staged block of columns has room for: its own and those of zeros after them, or 210
+// rows of twice as many bytes.
+inline int64_t staged_rows(int64_t n) { return std::min(n, kSignBlock) + 256; }
 
 // Blocks of columns that are read at once, 256 bytes of each row: rows may be pages apart.
 constexpr int64_t kStaged = 4;
@@ -46,7 +48,7 @@ inline int64_t padded_draws(int64_t draws) { return (draws + 7) / 8 * 8; }
 struct PanelScratch {
   uint64_t* bits;   // [2 for each Philox block][padded draws]
   uint64_t* words;  // [steps][padded draws]
-  char* fixed;      // [kStaged][kPaddedRows] rows
+  char* fixed;      // [kStaged][staged_rows] rows
   char* tables;
   char* running;  // [draws] rows
 };
@@ -57,7 +59,7 @@ inline int64_t scratch_bytes(int64_t n, int64_t draws) {
   const int64_t rows = std::min(n, kSignBlock);
   const int64_t words = sign_words(rows) + Wide::steps(rows);
   return padded_draws(draws) * 8 * words +
-         kRowBytes * (kStaged * kPaddedRows + Wide::kEntries * Wide::kTables + draws);
+         kRowBytes * (kStaged * staged_rows(n) + Wide::kEntries * Wide::kTables + draws);
 }
 
 inline PanelScratch divide(void* scratch, int64_t n, int64_t draws) {
@@ -66,7 +68,7 @@ inline PanelScratch divide(void* scratch, int64_t n, int64_t draws) {
   parts.bits = static_cast<uint64_t*>(scratch);
   parts.words = parts.bits + sign_words(rows) * padded;
   parts.fixed = reinterpret_cast<char*>(parts.words + Wide::steps(rows) * padded);
-  parts.tables = parts.fixed + kStaged * kPaddedRows * kRowBytes;
+  parts.tables = parts.fixed + kStaged * staged_rows(n) * kRowBytes;
   parts.running = parts.tables + Wide::kEntries * Wide::kTables * kRowBytes;
   return parts;
 }
@@ -80,13 +82,28 @@ class Staging {
   using W = Vec<S>;
   using Bits = typename W::Bits;
 
-  // out [blocks][block_rows][kColumns]
+  // At most kStaged blocks; out [blocks][block_rows][kColumns].
   void read(const T* data, int64_t stride, int64_t rows, int64_t columns, Out* out, int64_t block_rows) {
-    const int64_t most = kStaged * kColumns, count = std::min(columns, most);
-    if (count == most) {
-      read_rows<true>(data, stride, rows, count, out, block_rows);
-    } else {
-      read_rows<false>(data, stride, rows, count, out, block_rows);
+    switch (columns / kColumns) {
+      case 0:
+        break;
+      case 1:
+        read_blocks<1>(data, stride, rows, out, block_rows);
+        break;
+      case 2:
+        read_blocks<2>(data, stride, rows, out, block_rows);
+        break;
+      case 3:
+        read_blocks<3>(data, stride, rows, out, block_rows);
+        break;
+      default:
+        return read_blocks<kStaged>(data, stride, rows, out, block_rows);
+    }
+    const int64_t b = columns / kColumns, rest = columns % kColumns;
+    T padded[kColumns + W::kWidth] = {};
+    for (int64_t i = 0; rest > 0 && i < rows; ++i) {
+      std::memcpy(padded, data + i * stride + b * kColumns, static_cast<size_t>(rest) * sizeof(T));
+      read_row(padded, b, out + (b * block_rows + i) * kColumns);
     }
   }
 
@@ -98,27 +115,24 @@ class Staging {
  private:
   static constexpr int kParts = kColumns / W::kWidth;
 
-  template <bool kWhole>
-  void read_rows(const T* data, int64_t stride, int64_t rows, int64_t columns, Out* out, int64_t block_rows) {
-    const int64_t blocks = kWhole ? kStaged : (columns + kColumns - 1) / kColumns;
-    T padded[kStaged * kColumns + W::kWidth] = {};
+  template <int64_t kBlocks>
+  void read_blocks(const T* data, int64_t stride, int64_t rows, Out* out, int64_t block_rows) {
     for (int64_t i = 0; i < rows; ++i) {
-      const T* row = data + i * stride;
-      if (!kWhole) {
-        std::memcpy(padded, row, static_cast<size_t>(columns) * sizeof(T));
-        row = padded;
-      }
 #pragma GCC unroll 4
-      for (int64_t b = 0; b < blocks; ++b) {
-#pragma GCC unroll 8
-        for (int p = 0; p < kParts; ++p) {
-          const W x = load(row + b * kColumns + p * W::kWidth);
-          const Bits size = (Bits)x.v & std::numeric_limits<typename W::Integer>::max();
-          Bits& peak = peak_[b][p];
-          peak = size > peak ? size : peak;
-          put(out + (b * block_rows + i) * kColumns + p * W::kWidth, x);
-        }
+      for (int64_t b = 0; b < kBlocks; ++b) {
+        read_row(data + i * stride + b * kColumns, b, out + (b * block_rows + i) * kColumns);
       }
+    }
+  }
+
+  REFINE_EXT_INLINE void read_row(const T* row, int64_t b, Out* out) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kParts; ++p) {
+      const W x = load(row + p * W::kWidth);
+      const Bits size = (Bits)x.v & std::numeric_limits<typename W::Integer>::max();
+      Bits& peak = peak_[b][p];
+      peak = size > peak ? size : peak;
+      put(out + p * W::kWidth, x);
     }
   }
 
