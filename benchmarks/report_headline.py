@@ -95,10 +95,14 @@ def _kernel(kernel: Kernel, row: Row) -> str:
         if form in seconds
     }
     best = min(slower, key=slower.__getitem__)
-    return (
-        f"| {kernel.title} | {kernel.size(row)} | {duration(seconds['refine_ext'])} | {times(slower[kernel.written])} | "
-        f"{times(slower[best])} ({kernel.forms[best]}) |"
+    cells = (
+        kernel.title,
+        kernel.size(row),
+        duration(seconds["refine_ext"]),
+        times(slower[kernel.written]),
+        f"{times(slower[best])} ({kernel.forms[best]})",
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def _demos() -> Iterator[str]:
@@ -108,7 +112,7 @@ def _demos() -> Iterator[str]:
             for model, measures in summary.items() if name == "demo_latent" else [("", summary)]:
                 energy = measures["energy_distance"]
                 cells = " | ".join(mean_and_error(energy[stage]) for stage in ("before", refined))
-                yield f"| {title.format(model)} | {cells} |"
+                yield f"| {title.format(model)} | {cells} | {len(result['rows'])} |"
 
 
 def headline() -> str:
@@ -127,13 +131,13 @@ def headline() -> str:
             "|---|---|---|---|---|",
             *rows,
             "\nHow many times longer torch takes, in interleaved runs; its best form is the fastest of those measured, "
-            f"in-place against in-place. {'; '.join(machines)}.",
+            f"in-place against in-place; `given signs` leaves out making them. {'; '.join(machines)}.",
         ]
     if demos := list(_demos()):
         lines += [
             "",
-            "| energy distance to held-out real digits | generated | refined |",
-            "|---|---|---|",
+            "| energy distance to held-out real digits, ± standard error | generated | refined | seeds |",
+            "|---|---|---|---|",
             *demos,
         ]
     return "\n".join(lines)

@@ -8,16 +8,16 @@ import sys
 
 import bench_certificate as bench
 import pytest
-import report
 import report_certificate
 import roofline
 from bench_certificate import Records, Setting, repetition, share, summary
 from known_truth import PROBLEMS, truth
+from report_common import ROOT, load
 
 import refine_ext as rx
 
 SMALL = {"n": 60, "num_fake": 80}
-RESULT = report._load("certificate")
+RESULT = load("certificate")
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -156,5 +156,5 @@ def test_what_the_committed_run_shows():
     assert one["violated"]["no_confidence"]["low"] > delta
     for proven in report_certificate.PROVEN:
         assert sum(row[proven]["of"] for row in rows) > 0
-    assert roofline.source_of(report.ROOT / "docs" / "certificate.png") == roofline.fingerprint(rows)
+    assert roofline.source_of(ROOT / "docs" / "certificate.png") == roofline.fingerprint(rows)
     assert "| digits, hull |" in report_certificate.table(RESULT)

@@ -17,6 +17,8 @@ import kernels
 import ledger
 import pytest
 import report
+import report_common
+import report_kernels
 import roofline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,11 +291,11 @@ def test_kernel_names_of_a_profile():
 
 
 def test_tables_and_plots_of_a_gpu_appear_with_its_results(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report_common, "RESULTS", tmp_path)
     text = "<!-- table: gpu -->\n<!-- end -->\n<!-- table: resampling -->\n<!-- end -->\n"
     assert report.render(text) == text and report.plots() == {}
     (tmp_path / "gate_x.json").write_text(json.dumps(run))
-    table = report.gpu()
+    table = report_kernels.gpu()
     assert "| `density_ratio` kl | 10,000,000 | 40.0 µs | 75% | 50% | 10× | – |" in table
     assert "`resample` systematic | 10,000,000" in table and "a GPU, driver 580.1" in table
     assert report.render(report.render(text)) == report.render(text) != text
@@ -304,11 +306,11 @@ def test_tables_and_plots_of_a_gpu_appear_with_its_results(run, tmp_path, monkey
 
 
 def test_table_of_draws_appears_with_its_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report_common, "RESULTS", tmp_path)
     facts = {"cpu": "a CPU", "simd": "avx2", "torch": "2.13.0", "commit": "abc", "date": "2026-01-01"}
     times = {"copy": 0.001, "limit": 0.001, "refine_ext": 0.002, "searchsorted": 0.03, "torch.multinomial": 0.1}
     found = row("resample", "multinomial num=1000000", 10**6, method="multinomial", num=10**6, threads=1)
     found["time"] = {name: {"seconds": seconds} for name, seconds in times.items()}
     document = {"benchmark": "resampling", "facts": facts, "rows": [found]}
     (tmp_path / "resampling_cpu.json").write_text(json.dumps(document))
-    assert "| 1,000,000 `multinomial` | 1,000,000 | 2.0 ms | 50% | 15× | 50× | – |" in report.resampling()
+    assert "| 1,000,000 `multinomial` | 1,000,000 | 2.0 ms | 50% | 15× | 50× | – |" in report_kernels.resampling()

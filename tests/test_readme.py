@@ -1,4 +1,4 @@
-"""The README's Python example runs as it stands, and its names and figures are those of the package."""
+"""The README's Python examples run as they stand; its figures, and those of docs/measured.md, are committed results."""
 
 import json
 import re
@@ -10,10 +10,12 @@ import ledger
 import numpy as np
 import pytest
 import report
+import report_common
 import roofline
 import torch
 
 import refine_ext as rx
+from refine_ext.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,12 +67,107 @@ def test_guidance_example_runs():
     assert scheduler.step(torch.zeros(8, 2), scheduler.timesteps[0], noise[:8]).prev_sample.isfinite().all()
 
 
+def test_certificate_example_runs(capsys):
+    random = torch.Generator().manual_seed(0)
+    real, fake, unseen = (
+        torch.randn(n, 3, generator=random, dtype=torch.float64) + shift
+        for n, shift in ((2000, 0.5), (2000, 0.0), (20_000, 0.5))
+    )
+    outputs = torch.randn(500, 40, generator=random)
+    names = {"rx": rx, "outputs": outputs, "features_real": real, "features_fake": fake}
+    example, search = EXAMPLES[2].rsplit("\ncert = ", 1)
+    exec(compile(example, "README.md", "exec"), names)
+    est, cert = names["est"], names["cert"]
+    # The same suprema as sums of a matrix of signs, of a seed of its own: within five standard errors of both.
+    signs = torch.randint(0, 2, (1024, 500), generator=random) * 2.0 - 1.0
+    suprema = (signs @ outputs).abs().amax(1) / 500
+    assert abs(float(est) - suprema.mean()) < 5 * 2**0.5 * est.stderr
+    assert est.mean < est.upper(0.05)
+    # On unseen data of the same distribution the distances are below the bounds, and the refined sample is nearer.
+    refined, unrefined = (
+        cert.norm_bound * float((unseen.mean(0) - mean).norm()) for mean in (cert.weights @ fake, fake.mean(0))
+    )
+    assert refined < cert.bound_refined < cert.bound_unrefined and refined < unrefined < cert.bound_unrefined
+    assert cert.norm_bound == 2.0 and cert.divergence == "kl"
+    printed = capsys.readouterr().out
+    for term in ("Rademacher complexity", "confidence", "duality gap", f"{cert.bound_refined:.4g}"):
+        assert term in printed
+    exec(compile(f"cert = {search}", "README.md", "exec"), names)
+    best = names["cert"]
+    assert best.certified_improvement > cert.certified_improvement
+
+
+PAGES = {page.name: page.read_text() for page in report.PAGES}
+GENERATED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.S)
+
+
 def test_tables_plots_and_ledger_come_from_committed_results():
     """`python benchmarks/report.py` would change nothing: a new kernel, a changed one or a new result was reported."""
-    assert report.render(README) == README
-    assert ledger.render(gate_results.load(report.RESULTS)) == (report.RESULTS / "README.md").read_text()
+    for text in PAGES.values():
+        assert report.render(text) == text
+    assert ledger.render(gate_results.load(report_common.RESULTS)) == (report_common.RESULTS / "README.md").read_text()
     drawn = {path.stem: roofline.source_of(path) for path in (ROOT / "docs").glob("roofline_*.png")}
     assert drawn == {name: roofline.fingerprint(plot.rows) for name, plot in report.plots().items()}
+
+
+def test_headline_compares_with_the_fastest_form_of_torch(tmp_path, monkeypatch):
+    """In-place forms with ours in place; without results there is no table."""
+    monkeypatch.setattr(report_common, "RESULTS", tmp_path)
+    assert report.TABLES["headline"]() == ""
+    seconds = {"refine_ext": 1e-3, "refine_ext_inplace": 5e-4, "eager": 9e-3, "eager_inplace": 4e-3, "compile": 5e-3}
+    times = {name: {"seconds": value} for name, value in seconds.items()}
+    row = {"op": "guided_step", "variant": "with noise", "dtype": "float32", "shape": [64, 12288], "n": 1, "bytes": 1}
+    facts = {"cpu": "a CPU", "simd": "avx2", "torch": "2.13.0"}
+    document = {"benchmark": "guidance", "facts": facts, "rows": [{**row, "threads": n, "time": times} for n in (1, 2)]}
+    (tmp_path / "guidance_cpu.json").write_text(json.dumps(document))
+    lines = report.TABLES["headline"]().splitlines()
+    assert lines[2] == "| guided step with noise | 64 × 12288 | 1.0 ms | 9.0× | 5.0× (torch.compile) |"
+    assert "a CPU (avx2), torch 2.13.0." in lines[-1] and lines[3] == ""
+    measures = {"energy_distance": {k: {"mean": m, "stderr": 0.01} for k, m in (("before", 0.5), ("after", 0.25))}}
+    (tmp_path / "demo_digits.json").write_text(json.dumps({"summary": measures, "rows": [{}, {}]}))
+    assert report.TABLES["headline"]().endswith("| 0.5 ± 0.01 | 0.25 ± 0.01 | 2 |")
+
+
+def test_every_table_has_one_place():
+    assert sorted(name for text in PAGES.values() for name in GENERATED.findall(text)) == sorted(report.TABLES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_measured_figure_is_typed_by_hand(page):
+    """Times, ratios, errors and percentages stand in generated tables only."""
+    figure = re.compile(r"\d ?(?:×(?! ?\d)|%|[mµn]s\b|± ?\d|seconds\b|GB/s|G/s)")
+    assert figure.search(GENERATED.search(PAGES[page]).group())
+    assert figure.findall(GENERATED.sub("", PAGES[page])) == []
+
+
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text()
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    assert len(targets) > 2
+    for target in targets:
+        file, _, heading = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", found.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_names_in_the_readme_are_public():
+    rows = re.findall(r"^\| (`[^|]+) \|", README.partition("## What is in it")[2], re.M)
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"demo", "doctor"}
+    assert {"rademacher_neural", "refinement_certificate", "post_cfg"} < names
+    assert names <= set(rx.__all__)
+
+
+def test_commands_in_the_readme_exist():
+    """Of each `refine-ext COMMAND --options`, the command and its options."""
+    found = re.findall(r"refine-ext (refine|rademacher|demo|doctor)\b([^`\n]*)", README)
+    assert {command for command, _ in found} == {"refine", "rademacher", "demo", "doctor"}
+    for command, rest in found:
+        known = {option for parameter in main.commands[command].params for option in parameter.opts}
+        assert set(re.findall(r"(--[\w-]+)", rest)) <= known
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")))
