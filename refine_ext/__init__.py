@@ -22,7 +22,8 @@ from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
-    from .certificate import RefinementCertificate, refinement_certificate
+    from .certificate import refinement_certificate
+    from .certificate_result import RefinementCertificate
     from .denoiser import RefinedDenoiser, post_cfg
     from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
@@ -44,7 +45,7 @@ __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
-    "RefinementCertificate": "certificate",
+    "RefinementCertificate": "certificate_result",
     "refinement_certificate": "certificate",
     "RefinedDenoiser": "denoiser",
     "post_cfg": "denoiser",

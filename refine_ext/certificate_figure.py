@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .certificate import RefinementCertificate
+    from .certificate_result import RefinementCertificate
     from .norm_bound_search import NormBoundSearch
     from .pipeline_certificate import JobCertificate
 

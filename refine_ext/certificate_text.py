@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .certificate import RefinementCertificate
+    from .certificate_result import RefinementCertificate
 
 _WIDTH = 100
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .linear_dual import LinearDual, Tight, _Model, check_dual, maximise
 
-# Discriminators that may join at a step, where few are in use; else as many as are in use.
+# Discriminators that may join at a step: at least so many, and a third of those in use. The Hessian of all of them is
+# what a step costs.
 _FEWEST_JOINING = 32
 # Of the Hessian's mean diagonal: what makes copies of a discriminator share their coefficient.
 _RIDGE = 1e-12
@@ -83,7 +84,7 @@ class _CrossPolytope:
         gradient = model.gradient
         used = weight.nonzero().squeeze(1)
         steepness = gradient.abs().index_fill(0, used, 0.0)
-        joining = min(max(_FEWEST_JOINING, len(used)), int((steepness > 0.0).sum()))
+        joining = min(max(_FEWEST_JOINING, len(used) // 3), int((steepness > 0.0).sum()))
         columns = torch.cat([used, steepness.topk(joining).indices])
         magnitudes = weight[columns].abs()
         signs = torch.where(magnitudes > 0, weight[columns], gradient[columns]).sign()
@@ -98,8 +99,8 @@ def _maximise_quadratic(hessian: Tensor, linear: Tensor, radius: float, start: T
     """argmax of ``c'v - v'Hv/2`` over ``v >= 0``, ``sum v <= radius``, by an active set, from a feasible start.
 
     With the coordinates of a set ``S`` free and the others zero, ``(c - H v)_S = l 1``, where ``l`` belongs to the
-    sum: zero while the sum is below the radius. A step towards that point stops where a coordinate reaches zero,
-    which then leaves the set, or the sum the radius. Once the point is reached, coordinates of greater slope than
+    sum: zero while the sum is below the radius. A step towards that point stops where coordinates reach zero, which
+    then leave the set, or the sum the radius. Once the point is reached, coordinates of greater slope than
     ``l`` join, or a negative ``l`` lets the sum go. The objective rises from one such point to the next, so that no
     set comes back. A ridge on the step, not on v, settles singular H and is refined away.
     """
@@ -111,7 +112,8 @@ def _maximise_quadratic(hessian: Tensor, linear: Tensor, radius: float, start: T
     for _ in range(20 * count + 100):
         inside = free.nonzero().squeeze(1)
         now, room = value[inside], radius - float(value.sum())
-        change = _newton_step(hessian[inside][:, inside], (linear - hessian @ value)[inside], room if bound else None)
+        local, rising = hessian[inside][:, inside], (linear - hessian @ value)[inside]
+        change = _newton_step(local, rising, room if bound else None)
         goal = now + change
         steps = torch.where(goal <= 0.0, now / (-change).clamp_min(1e-300), 1.0)
         step = float(steps.amin()) if len(inside) else 1.0
@@ -121,6 +123,14 @@ def _maximise_quadratic(hessian: Tensor, linear: Tensor, radius: float, start: T
             bound, spread_before = True, math.inf
             continue
         if bool((goal <= 0.0).any()):
+            # Mostly all that would turn negative can leave at once; where that does not pay, the first one does.
+            cut = goal.clamp_min(0.0)
+            cut *= radius / float(cut.sum()) if bound else 1.0
+            moved = cut - now
+            pays = float(rising @ moved - 0.5 * moved @ local @ moved) > 0.0
+            if pays and float(cut.sum()) <= radius * (1.0 + 1e-12):
+                value[inside], free[inside], spread_before = cut, cut > 0.0, math.inf
+                continue
             value[inside] = torch.where(steps <= step, 0.0, now + step * change)
             free[inside] = steps > step
             bound, spread_before = bound and bool(free.any()), math.inf

@@ -10,12 +10,10 @@ from typing import Any
 
 from .certificate import (
     CertificateProblem,
-    RefinementCertificate,
-    _dual_norm,
-    _output_path,
     certificate_problem,
     positive,
 )
+from .certificate_result import RefinementCertificate, dual_norm, output_path
 
 _DOUBLINGS = 12
 _BISECTIONS = 40
@@ -71,7 +69,7 @@ class NormBoundSearch:
         from .certificate_figure import draw_search
         from .report import save_figure
 
-        save_figure(draw_search(self), _output_path("NormBoundSearch.plot", path, ".png"))
+        save_figure(draw_search(self), output_path("NormBoundSearch.plot", path, ".png"))
 
     def __str__(self) -> str:
         return f"norm bound {self.norm_bound:.4g}: {self.reason}\n\n{self.certificate}"
@@ -140,7 +138,7 @@ def suggest_norm_bound(
         for bound in grid:
             search.at(bound)
     else:
-        unrefined = _dual_norm(problem.real.mean(0) - problem.fake.mean(0), problem.hull)
+        unrefined = dual_norm(problem.real.mean(0) - problem.fake.mean(0), problem.hull)
         first = 1.0 / problem.feature_bound
         if unrefined > whole:
             search.balance(first, whole)

@@ -13,7 +13,7 @@ from .judging import random_rows, take
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .certificate import RefinementCertificate
+    from .certificate_result import RefinementCertificate
     from .discriminator import Discriminator
     from .norm_bound_search import NormBoundSearch
     from .pipeline import RefineOptions

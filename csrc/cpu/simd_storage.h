@@ -2,6 +2,8 @@
 // one.
 #pragma once
 
+#include <type_traits>
+
 #include "../math/density_ratio_problem.h"
 #include "simd.h"
 
@@ -53,18 +55,28 @@ REFINE_EXT_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p
 typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t UnalignedWords __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UnalignedUnsigned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 
 REFINE_EXT_INLINE Vec<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const Unsigned wide = (Unsigned)_mm512_cvtepu16_epi32(words);
+#else
   const Unsigned wide = __builtin_convertvector(*reinterpret_cast<const UnalignedWords*>(p), Unsigned);
+#endif
   return {(Vec<float>::Native)(wide << 16)};
 }
 
-// Round to nearest even; NaN keeps a set mantissa bit.
+// The upper half rounds to nearest even; of a NaN only if its lower half is 0.
+REFINE_EXT_INLINE Unsigned rounded_to_upper_half(Unsigned bits) {
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// NaN keeps a set mantissa bit.
 REFINE_EXT_INLINE void store(BFloat16* p, Vec<float> x) {
   const Unsigned bits = (Unsigned)x.v;
-  const Unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Unsigned quiet = (bits >> 16) | 0x40u;
-  const Unsigned chosen = (x != x).bits ? quiet : rounded;
+  const Unsigned chosen = (x != x).bits ? quiet : rounded_to_upper_half(bits) >> 16;
   *reinterpret_cast<UnalignedWords*>(p) = __builtin_convertvector(chosen, Words);
 }
 
@@ -132,6 +144,33 @@ REFINE_EXT_INLINE void stream(T* p, Vec<float> x) {
 #else
   store(p, x);
 #endif
+}
+
+// How consecutive elements lie in a pair of vectors.
+enum class Order {
+  consecutive,
+  even_odd,  // even ones in the first: the halves of 32-bit words, which take no shuffles
+};
+template <class T>
+inline constexpr Order order_of = std::is_same_v<T, BFloat16> ? Order::even_odd : Order::consecutive;
+
+template <class S>
+struct Pair {
+  Vec<S> first, second;
+};
+
+REFINE_EXT_INLINE Pair<float> load_even_odd(const BFloat16* p) {
+  typedef Vec<float>::Native Native;
+  const Unsigned words = *reinterpret_cast<const UnalignedUnsigned*>(p);
+  return {{(Native)(words << 16)}, {(Native)(words & 0xffff0000u)}};
+}
+
+// As 32-bit words. The lower half of a NaN is 0, as of any NaN that an operation makes or passes on from a
+// bfloat16.
+REFINE_EXT_INLINE Vec<float> even_odd_words(const Pair<float>& x) {
+  const Unsigned even = rounded_to_upper_half((Unsigned)x.first.v);
+  const Unsigned odd = rounded_to_upper_half((Unsigned)x.second.v);
+  return {(Vec<float>::Native)(even >> 16 | (odd & 0xffff0000u))};
 }
 
 // S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many
