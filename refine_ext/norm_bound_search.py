@@ -123,9 +123,9 @@ def suggest_norm_bound(
     Morozov's (1966) discrepancy principle.
 
     >>> import torch, refine_ext as rx
-    >>> search = rx.suggest_norm_bound(torch.randn(4000, 1) + 1.0, torch.randn(4000, 1), feature_bound=5.0)
-    >>> search.norm_bound < 1.0  # what the samples' own estimate, the difference of their means, would be
-    True
+    >>> search = rx.suggest_norm_bound(torch.ones(40000, 1), torch.arange(2.0)[:, None], feature_bound=1.0)
+    >>> search.rule, round(search.deviation, 2)  # the refined sample's 1 / (1 + e^B) is that at B = 3
+    ('certificate', 0.05)
     """
     name = "suggest_norm_bound"
     problem = certificate_problem(name, real, fake, divergence, feature_bound, delta, draws, seed, hull, tolerance)

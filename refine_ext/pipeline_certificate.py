@@ -160,7 +160,8 @@ def certify_job(
     elif weights is not None:
         counts = np.stack([counts[0], weights])
     sums = torch.zeros(len(counts), width, dtype=torch.float64)
-    for start, block in generated.blocks(block_rows * generated.row_bytes):
+    # A row's features can take far more memory than the row.
+    for start, block in generated.blocks(min(block_rows, most) * generated.row_bytes):
         phi = features(generated.decode(block))
         sums += torch.from_numpy(counts[:, start : start + len(phi)]) @ phi
     means = sums / torch.from_numpy(counts.sum(axis=1, keepdims=True))
