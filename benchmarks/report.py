@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gate_results
 import ledger
 import report_certificate
+import report_rademacher
 import roofline
 from traffic import traffic
 
@@ -337,6 +338,11 @@ def certificate() -> str:
     return report_certificate.table(result) if result else ""
 
 
+def rademacher() -> str:
+    result = _load("rademacher_cpu")
+    return report_rademacher.table(result) if result else ""
+
+
 TABLES = {
     "density_ratio": density_ratio,
     "resampling": resampling,
@@ -347,6 +353,7 @@ TABLES = {
     "demo_latent": demo_latent,
     "guided_mixture": guided_mixture,
     "certificate": certificate,
+    "rademacher": rademacher,
 }
 
 

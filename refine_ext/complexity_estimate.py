@@ -143,7 +143,8 @@ class Estimate:
         for first, suprema, _ in parts:
             end = sum(ranges[-1]) if ranges else -1
             if first < end:
-                raise ValueError(f"Estimate.merge: draws {first} to {end - 1} are in both; give first_draw= for others")
+                last = min(end, first + len(suprema)) - 1
+                raise ValueError(f"Estimate.merge: draws {first} to {last} are in both; give first_draw= for others")
             if first == end:
                 ranges[-1] = (ranges[-1][0], ranges[-1][1] + len(suprema))
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import whole
 from .complexity_estimate import Estimate
 from .rademacher import Blocks
-from .rademacher_stream import Multipliers, Rows, add_sums
+from .rademacher_stream import SIGN_BLOCK, Multipliers, Rows, add_sums
 from .rademacher_suprema import MEMORY, refuse_nonfinite, seed_of
 
 _FUNCTION = "rademacher_local"
@@ -26,7 +26,7 @@ class LocalComplexity:
     """Local Rademacher complexity by radius. Made by `rademacher_local`.
 
     Attributes:
-        radius: `[R]` float64, ascending as given.
+        radius: `[R]` float64, as given.
         estimates: one `Estimate` for each radius, all of the same draws.
         second_moments: `[m]` float64, P_n f_j^2, or the variances where centred.
         fixed_point: r* = factor R_n(r*) + offset; 0 where all functions vanish; None where it was not asked for.
@@ -109,7 +109,7 @@ def rademacher_local(
             confidence term x / n.
         fixed_point: whether to find r*. None: with the star hull, without which it is not defined.
         memory: bytes that sums and blocks may take. The outputs are read once for each group of draws whose sums fit,
-            and where that is not one group, again for each of the at most twenty radii that lead to r*.
+            and where that is not one group, again for each of the ten or so radii that lead to r*.
         progress: a bar where it takes over a second. None: on a terminal.
 
     Returns:
@@ -136,12 +136,8 @@ def rademacher_local(
     solve = star_hull if fixed_point is None else fixed_point
     if solve and not star_hull:
         raise ValueError(f"{_FUNCTION}: fixed_point needs star_hull=True; other classes may have none or several")
-    which = Multipliers(
-        whole(_FUNCTION, "draws", draws, 1),
-        whole(_FUNCTION, "first_draw", first_draw, 0),
-        seed_of(_FUNCTION, seed),
-        False,
-    )
+    draws, first_draw = whole(_FUNCTION, "draws", draws, 1), whole(_FUNCTION, "first_draw", first_draw, 0)
+    which = Multipliers(draws, first_draw, seed_of(_FUNCTION, seed), normal=False)
     memory = whole(_FUNCTION, "memory", memory, 1)
     source = outputs.detach() if isinstance(outputs, Tensor) else outputs
     if isinstance(source, (Tensor, np.ndarray)) and source.ndim == 1:
@@ -167,31 +163,33 @@ def rademacher_local(
     point = error = None
     if solve:
         point = _fixed_point(lambda r: factor * float(curve.suprema(r[None]).mean()) + offset)
-        spread = curve.suprema(torch.tensor([point], dtype=torch.float64))[0] if point > 0 else suprema[0] * 0
-        error = 2 * factor * (float(spread.std()) / math.sqrt(len(spread)) if len(spread) > 1 else math.nan)
+        at = curve.suprema(torch.tensor([point], dtype=torch.float64))[0] if point > 0.0 else suprema.new_zeros(draws)
+        error = 2 * factor * float(at.std()) / math.sqrt(draws) if draws > 1 else math.nan
     return LocalComplexity(radii, estimates, curve.second_moments, point, error, factor, offset)
 
 
-def _fixed_point(psi) -> float:
+def _fixed_point(psi: Callable[[Tensor], float]) -> float:
     """The root r* of r = psi(r), psi sub-root, of which it is enough to know psi at about ten radii.
 
     In s = log r the curve g(s) = log psi(e^s) has slopes from 0 to 1/2, and so has every secant. From s the root is
-    (g(s) - s) / (1 - slope to the root) away; with the last secant's slope, cut at 1/3, a step leaves at most
-    half of the distance, and of smooth curves far less.
+    (g(s) - s) / (1 - slope to the root) away: with the last secant's slope a step never ends farther from it, and
+    with a slope of at most 1/3 it leaves at most half of the way, which is what a step that did not halve g - s is
+    followed by.
     """
     radius = psi(torch.tensor(math.inf, dtype=torch.float64))  # the largest value, and so not below the root
     if radius == 0.0:
         return 0.0
-    s, slope = math.log(radius), 0.25
-    before: tuple[float, float] | None = None
+    s, gap = math.log(radius), math.inf
+    slope = before = moved = 0.0
     while True:
         g = math.log(psi(torch.tensor(math.exp(s), dtype=torch.float64)))
-        if abs(g - s) <= _TOLERANCE * max(1.0, abs(s)):
+        if abs(g - s) <= _TOLERANCE:
             return math.exp(g)
-        if before is not None and before[0] != s:
-            slope = min(max((g - before[1]) / (s - before[0]), 0.0), 1.0 / 3.0)
-        before = s, g
-        s += (g - s) / (1.0 - slope)
+        if moved != 0.0:
+            most = 1.0 / 2.0 if abs(g - s) <= gap / 2.0 else 1.0 / 3.0
+            slope = min(max((g - before) / moved, 0.0), most)
+        before, gap, moved = g, abs(g - s), (g - s) / (1.0 - slope)
+        s += moved
 
 
 class _Curve:
@@ -215,33 +213,39 @@ class _Curve:
         self.kept: Tensor | None = None
 
     def _measure(self, centred: bool) -> None:
-        """Second moments, float64, and largest magnitudes of the columns; centred ones block by block."""
-        self.n = 0
+        """Second moments, float64, and largest magnitudes of the columns."""
+        n = 0
         for first, block in self.rows:
             low, high = block.amin(0).double(), block.amax(0).double()
             refuse_nonfinite(_FUNCTION, "outputs", torch.maximum(-low, high), block, first)
-            values = block.double()
-            mean = values.mean(0) if centred else torch.zeros_like(low)
-            squares = (values - mean).square().sum(0)
-            if first == 0:
-                total, centre, lowest, highest = squares, mean, low, high
+            if n == 0:
+                lowest, highest = low, high
             else:
-                # The squares around the mean of both parts.
-                share = len(block) / (self.n + len(block))
-                total = total + squares + (mean - centre).square() * (self.n * share)
-                centre = centre + (mean - centre) * share
                 lowest, highest = torch.minimum(lowest, low), torch.maximum(highest, high)
-            self.n += len(block)
-        if self.n == 0:
+            # In pieces of one size, so that the bits do not depend on the blocks.
+            for rows in block.split(SIGN_BLOCK):
+                values = rows.double().contiguous()
+                mean = values.mean(0) if centred else torch.zeros_like(low)
+                squares = (values - mean).square().sum(0)
+                if n == 0:
+                    total, centre = squares, mean
+                else:  # squares around the mean of both parts
+                    share = len(rows) / (n + len(rows))
+                    total = total + squares + (mean - centre).square() * (n * share)
+                    centre = centre + (mean - centre) * share
+                n += len(rows)
+        if n == 0:
             raise ValueError(f"{_FUNCTION}: outputs must not be empty, got no row blocks")
+        self.n, self.second_moments = n, total / n
         self.centre = centre if centred else None
-        self.second_moments = total / self.n
         self.largest = torch.maximum(highest - centre, centre - lowest)
+        if not bool(self.second_moments.isfinite().all()):
+            raise ValueError(f"{_FUNCTION}: outputs are too large to square, up to {float(self.largest.max()):g}")
 
     def scales(self, radius: Tensor) -> Tensor:
         """[m], by which each function is shrunk to be within the radius; 0 where it is not in the class."""
         if self.star_hull:
-            return (radius.to(self.second_moments) / self.second_moments).sqrt().clamp(max=1.0).nan_to_num(nan=1.0)
+            return (radius.to(self.second_moments) / self.second_moments).sqrt().clamp(max=1.0)
         return (self.second_moments <= radius.to(self.second_moments)).double()
 
     def suprema(self, radii: Tensor) -> Tensor:

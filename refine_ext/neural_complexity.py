@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ._ops_rademacher import ops
-from .arguments import check_seed, whole
+from .arguments import whole
 from .complexity_estimate import Estimate
 from .guidance import philox_normal
 from .network_checks import FirstBad, one_output_each
 from .norm_balls import Constraint, Layer, Parameters, Projection, layers_of, projection_of, trainable
+from .rademacher_suprema import seed_of
 from .samples import as_column, as_tensor, count_nonfinite
 
 _FUNCTION = "rademacher_neural"
 _MOMENTUM = 0.9
-_MEMORY = 256 << 20  # bytes that the backward pass of the draws trained at once may keep
+_MEMORY = 1 << 28
+_COPIES = 8  # of a network's parameters: at hand, moved, projected, slopes, momentum, best, and two in passing
 _PROBE_ROWS = 64
 _FAR = 1e3  # norm bounds from the centre at which searches in named balls start, before they are projected
 
@@ -61,8 +63,9 @@ def rademacher_neural(
     restarts: int = 1,
     first_draw: int = 0,
     draws_at_once: int | None = None,
+    memory: int = _MEMORY,
     outputs: Tensor | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Estimate:
     """A lower estimate of the empirical Rademacher complexity of a class of networks,
 
@@ -82,7 +85,8 @@ def rademacher_neural(
         constraint: "frobenius": weight and bias of a layer are one vector of Euclidean norm at most its norm bound.
             "spectral": the matrix [W b] of an nn.Linear has no singular value above its norm bound; a bias is the
             weight of a further input that is 1. Or a function from one network's parameters (a dict from name to
-            tensor) to the nearest allowed ones, run under torch.func.vmap: the class is then its image.
+            tensor) to the nearest allowed ones, run under torch.func.vmap: the class is then its image. Networks lie
+            in their balls up to the rounding of their dtype.
         norm_bound: B of the named constraints, one for all layers or one for each, in the module's order.
         absolute: the supremum of the magnitude. Otherwise of the value itself, which is the same where -f is in the
             class with f, as it is if the last layer is linear.
@@ -91,12 +95,13 @@ def rademacher_neural(
             constraint: of its norm at the start) along the momentum of its normalised gradients.
         restarts: starts of each draw, of which the best one counts.
         first_draw: number of the first draw, so that parts of one run can be merged.
-        draws_at_once: draws whose networks, `restarts` of each, are trained together. None: as many as keep what the
-            backward pass needs below 256 MiB; where one does not fit, samples go through in blocks. Values do not
-            depend on it beyond the rounding of the network's matrix products.
+        draws_at_once: draws whose networks, `restarts` of each, are trained together. None: as many as fit into the
+            memory. Values do not depend on it beyond the rounding of the network's matrix products.
+        memory: bytes that networks and what their backward passes keep may take; where one network's pass takes more,
+            samples go through in blocks.
         outputs: a tensor ``[n, draws]`` to fill with the outputs of the networks found. They are a finite class inside
             this one: `rademacher` of them with another seed is a lower estimate whose signs no search has seen.
-        progress: show a progress bar if it takes more than a second.
+        progress: a bar where it takes over a second. None: on a terminal.
 
     Returns:
         An `Estimate` with kind "lower".
@@ -108,7 +113,7 @@ def rademacher_neural(
             not finite, in `x` or on the way.
 
     Source: the definition in Bartlett and Mendelson, "Rademacher and Gaussian complexities: risk bounds and
-    structural results", JMLR 2002; that gradient ascent bounds the supremum from below needs no source.
+    structural results", JMLR 2002. Any function of the class bounds the supremum from below.
 
     >>> import torch, refine_ext as rx
     >>> x = torch.eye(4).repeat(9, 1)[:, :2]
@@ -124,34 +129,23 @@ def rademacher_neural(
         raise TypeError(f"{_FUNCTION}: learning_rate must be a number, got {type(learning_rate).__name__}")
     if not 0.0 < learning_rate < math.inf:
         raise ValueError(f"{_FUNCTION}: learning_rate must be positive and finite, got {learning_rate}")
-    if isinstance(seed, Tensor):
-        raise TypeError(f"{_FUNCTION}: seed must be an int, got a tensor")
-    number = int(torch.randint(2**63 - 1, ()).item()) if seed is None else int(check_seed(_FUNCTION, seed))
+    seed, memory = seed_of(_FUNCTION, seed), whole(_FUNCTION, "memory", memory, 1)
     layers = layers_of(_FUNCTION, module, parameters, norm_bound)
     project = projection_of(_FUNCTION, constraint, module, layers)
     _check_outputs(outputs, len(x), draws)
     # Tensors made in inference mode cannot enter a backward pass; what is made here can.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         x = x.clone() if x.is_inference() else x
         saved = _probe(module, parameters, x)
-        at_once = max(1, _MEMORY // (saved * restarts * len(x))) if draws_at_once is None else draws_at_once
+        weights = _COPIES * sum(p.nbytes for p in parameters.values())
+        at_once = max(1, memory // (restarts * (saved * len(x) + weights))) if draws_at_once is None else draws_at_once
         at_once = min(draws, whole(_FUNCTION, "draws_at_once", at_once, 1))
-        rows = max(1, _MEMORY // (saved * restarts * at_once))
-        search = _Search(
-            module,
-            x,
-            layers,
-            project,
-            isinstance(constraint, str),
-            absolute,
-            steps,
-            float(learning_rate),
-            restarts,
-            rows,
-        )
-        suprema = _over_draws(search, parameters, number, (first_draw, draws), at_once, outputs, progress)
-    of = f"{constraint} norm <= {norm_bound}" if isinstance(constraint, str) else f"{constraint.__name__}"
-    return Estimate(suprema, len(x), ((first_draw, draws),), number, f"{type(module).__name__}, {of}", kind="lower")
+        rows = max(1, memory // (restarts * saved * at_once))
+        named, rate = isinstance(constraint, str), float(learning_rate)
+        search = _Search(module, x, layers, project, named, absolute, steps, rate, restarts, rows)
+        suprema = _over_draws(search, parameters, seed, (first_draw, draws), at_once, outputs, progress)
+    of = f"{constraint} norm <= {norm_bound}" if isinstance(constraint, str) else "constrained"
+    return Estimate(suprema, len(x), ((first_draw, draws),), seed, f"{type(module).__name__}, {of}", kind="lower")
 
 
 def _over_draws(
@@ -161,14 +155,15 @@ def _over_draws(
     draws: tuple[int, int],
     at_once: int,
     outputs: Tensor | None,
-    progress: bool,
+    progress: bool | None,
 ) -> Tensor:
     """The best value of each of (first, count) draws, so many at once; fills `outputs`."""
     from tqdm import tqdm
 
     first, count = draws
     parts = []
-    with tqdm(total=-(-count // at_once) * search.steps, desc="network class", disable=not progress, delay=1.0) as bar:
+    total, hidden = -(-count // at_once) * search.steps, None if progress is None else not progress
+    with tqdm(total=total, desc=_FUNCTION, unit="step", delay=1.0, disable=hidden) as bar:
         for start in range(0, count, at_once):
             these = range(first + start, first + min(start + at_once, count))
             signs = ops.multipliers(search.x, len(search.x), len(these), 0, these.start, seed, False)
@@ -209,7 +204,7 @@ def _ascend(search: _Search, parameters: Parameters, signs: Tensor, update: Call
             norm = _norm([slopes[name] for name in layer.parameters])
             for name in layer.parameters:
                 p, slope = parameters[name], slopes[name]
-                # Where a layer has no slope it stays; a slope that is not finite was noted with its value.
+                # A layer without a slope, or whose slope is not finite at a finite value, goes on as it went.
                 unit = torch.nan_to_num(slope / as_column(norm, slope), nan=0.0, posinf=0.0, neginf=0.0)
                 momentum[name] = _MOMENTUM * momentum[name] + unit
                 length = search.learning_rate / math.sqrt(step + 1) * sizes[name]

@@ -82,7 +82,7 @@ def projection_of(
         TypeError, ValueError: a constraint that is no name or function; a layer without a spectral norm.
     """
     if callable(constraint):
-        return torch.func.vmap(constraint)
+        return lambda stacked: _own(function, torch.func.vmap(constraint), stacked)
     if constraint == "frobenius":
         return lambda stacked: _each(layers, stacked, _into_frobenius_ball, matrices=False)
     if constraint != "spectral":
@@ -95,6 +95,21 @@ def projection_of(
                 "'frobenius', or give a projection of your own"
             )
     return lambda stacked: _each(layers, stacked, _into_spectral_ball, matrices=True)
+
+
+def _own(function: str, projection: Projection, stacked: Parameters) -> Parameters:
+    """What the caller's projection makes, if it is one of the same parameters."""
+    projected = projection(stacked)
+    if not isinstance(projected, dict) or projected.keys() != stacked.keys():
+        got = list(projected) if isinstance(projected, dict) else type(projected).__name__
+        raise ValueError(f"{function}: constraint must return a dict of {list(stacked)}, got {got}")
+    for name, p in projected.items():
+        if p.shape != stacked[name].shape or p.dtype != stacked[name].dtype:
+            raise ValueError(
+                f"{function}: constraint must leave {name} {list(stacked[name].shape[1:])} {stacked[name].dtype}, got "
+                f"{list(p.shape[1:])} {p.dtype}"
+            )
+    return projected
 
 
 def _each(

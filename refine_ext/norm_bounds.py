@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .discriminator import Discriminator
 from .networks import MLP
 from .norm_balls import Constraint, radii_of
 from .samples import as_tensor, count_nonfinite
@@ -77,9 +78,9 @@ def rademacher_norm_bounds(
     used): the first three need phi(1) = 1 in front of a bias for this. Bounds whose assumptions fail are left out.
 
     Args:
-        module: nn.Linear layers and activations in an nn.Sequential, the MLP of :func:`fit_discriminator`, or one
-            nn.Linear; one output. Dropout counts as in evaluation mode. What comes before the first nn.Linear and has
-            no parameters (with `constraint`: none that require gradients) makes fixed features of `x`.
+        module: nn.Linear layers and activations in an nn.Sequential, what :func:`fit_discriminator` makes of an MLP, or
+            one nn.Linear; one output. Dropout counts as in evaluation mode. What comes before the first nn.Linear and
+            has no parameters (with `constraint`: none that require gradients) makes fixed features of `x`.
         x: samples ``[n, ...]``.
         constraint: "frobenius" or "spectral", as in `rademacher_neural`. None: the norms of the module itself. A later
             layer without parameters that require gradients keeps its own norms.
@@ -230,6 +231,8 @@ def _chain(module: nn.Module, x: Tensor, *, of_class: bool) -> tuple[Tensor, lis
 
 
 def _flat(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, Discriminator):
+        module = module.network
     if isinstance(module, (nn.Sequential, MLP)):
         for child, each in module.named_children():
             yield from _flat(each, f"{name}.{child}" if name else child)

@@ -47,7 +47,8 @@ def rademacher(
         draws: K, how many sign vectors; "all": each of the 2^n once, for at most 20 samples and without error.
         seed: of the signs, an int. None: drawn from torch's default generator.
         absolute: the maximum of |.|, over the functions and their negatives; otherwise over the functions.
-        distribution: "rademacher": signs. "normal": sigma_i ~ N(0, 1), the Gaussian complexity, by matrix products.
+        distribution: "rademacher": signs. "normal": sigma_i ~ N(0, 1), the Gaussian complexity, by matrix products,
+            whose bits depend on how they are split; not inside torch.func and torch.compile.
         stderr: a standard error to reach: the draws are doubled until then, or until `max_draws` (2^20 by default),
             with a warning.
         precision: the values' digits, of 8 bits each, that signed sums take: 3 is float32's accuracy, 1 and 2 are
@@ -56,8 +57,8 @@ def rademacher(
             the first number that is read from the estimate. "propagate" makes the estimate NaN.
         first_draw: the first draw's number: runs of other draws are joined by `Estimate.merge`.
         bound: M >= max |f_j(x_i)|, for `Estimate.upper`. None: the largest seen.
-        memory: bytes that blocks and their sums may take (or one draw's sums). More draws than that are done in
-            several readings of the blocks.
+        memory: bytes that blocks and their sums may take, but at least 1024 rows and the sums of one draw. More draws
+            are done in several readings of the blocks.
         progress: a bar where it takes over a second. None: on a terminal.
 
     Returns:

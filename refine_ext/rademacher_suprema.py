@@ -21,6 +21,7 @@ MEMORY = 1 << 30
 
 _OP = ops.rademacher_suprema.default
 _MAX_DRAWS = 1 << 20  # what draws double to where a standard error is asked for
+_MOST_DRAWS = 1 << 40  # csrc/ops/rademacher.h kMostDraws
 _MOST_ENUMERATED = 20  # samples whose sign vectors are all taken
 _CALL, _CALL_DRAWS = 1 << 37, 512  # products of signs in a call of seconds on a CPU; its draws are not cut below
 
@@ -72,10 +73,7 @@ def seed_of(function: str, seed: int | None) -> int:
 
 
 def estimate_complexity(function: str, argument: str, outputs: Any, functions: Functions, options: Options) -> Estimate:
-    if options.distribution not in ("rademacher", "normal"):
-        raise ValueError(f"{function}: distribution must be rademacher or normal, got {options.distribution!r}")
-    if options.nan_policy not in ("raise", "propagate"):
-        raise ValueError(f"{function}: nan_policy must be raise or propagate, got {options.nan_policy!r}")
+    check_options(function, options)
     normal = options.distribution == "normal"
     if isinstance(outputs, np.ndarray) and not (isinstance(outputs, np.memmap) and outputs.nbytes > options.memory):
         outputs = _from_numpy(function, argument, outputs)
@@ -95,9 +93,19 @@ def estimate_complexity(function: str, argument: str, outputs: Any, functions: F
     return draw(function, lambda range_: sums(function, argument, outputs, functions, options, range_), options)
 
 
+def check_options(function: str, options: Options) -> None:
+    if options.distribution not in ("rademacher", "normal"):
+        raise ValueError(f"{function}: distribution must be rademacher or normal, got {options.distribution!r}")
+    if options.nan_policy not in ("raise", "propagate"):
+        raise ValueError(f"{function}: nan_policy must be raise or propagate, got {options.nan_policy!r}")
+    whole(function, "memory", options.memory, 1)
+
+
 def draw(function: str, run: Callable[[Range], Estimate], options: Options) -> Estimate:
     """`run` on the draws that the options ask for, doubled until their standard error is small enough."""
     draws = whole(function, "draws", options.draws, 1)  # type: ignore[arg-type]
+    if draws > _MOST_DRAWS:
+        raise ValueError(f"{function}: draws must be between 1 and 2^40, got {draws}")
     first = whole(function, "first_draw", options.first_draw, 0)
     seed = seed_of(function, options.seed)
     stderr = options.stderr
@@ -154,8 +162,10 @@ def _signed_sums(
         raise
     # Inside torch.func and torch.compile the values cannot be read.
     readable = not compiling and torch._C._functorch.peek_interpreter_stack() is None
-    if readable and options.nan_policy == "raise" and outputs.device.type == "cpu" and math.isnan(suprema[0].item()):
-        refuse_nonfinite(function, argument, largest, outputs)
+    if readable and options.nan_policy == "raise" and outputs.device.type == "cpu":
+        first_value = suprema[0].item() if tracked else suprema.numpy()[0]  # NumPy's view takes half the time
+        if math.isnan(first_value):
+            refuse_nonfinite(function, argument, largest, outputs)
     norm = functions.supremum == NORM
     if norm:
         from .rademacher_stream import largest_row_norm
@@ -195,7 +205,7 @@ def _normal_sums(
     suprema, index, largest, row_norm = NormalSuprema.apply(
         outputs, which, functions.supremum, options.memory, rows, options.progress
     )
-    if options.nan_policy == "raise" and outputs.device.type == "cpu" and math.isnan(suprema[0].item()):
+    if options.nan_policy == "raise" and outputs.device.type == "cpu":
         refuse_nonfinite(function, argument, largest, outputs)
     peak = row_norm if functions.supremum == NORM else largest
     return made(function, argument, functions, options, draws, (suprema, index, largest, peak, len(outputs)), True)
@@ -228,11 +238,11 @@ def all_signs(function: str, argument: str, outputs: Tensor, functions: Function
     """Over each of the 2^n sign vectors once, in float64."""
     n = outputs.shape[0]
     check_all_signs(function, n, options)
-    largest = torch.linalg.vector_norm(outputs.detach(), torch.inf, dim=0).double()
+    from .rademacher_stream import column_peaks, largest_row_norm
+
+    largest = column_peaks(outputs)
     if options.nan_policy == "raise":
         refuse_nonfinite(function, argument, largest, outputs)
-    from .rademacher_stream import largest_row_norm
-
     values, bit = outputs.double(), torch.arange(n, device=outputs.device)
     step = max(1, options.memory // (16 * max(n, outputs.shape[1])))
     parts = []

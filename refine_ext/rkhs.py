@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .complexity_estimate import Estimate
 from .density_ratio import check_floating
-from .rademacher_stream import Multipliers, add_sums, multipliers
+from .rademacher_stream import Multipliers, add_sums, column_peaks, multipliers
 from .rademacher_suprema import (
     MEMORY,
     NORM,
@@ -20,6 +20,7 @@ from .rademacher_suprema import (
     Range,
     all_signs,
     check_all_signs,
+    check_options,
     draw,
     made,
     norm_bound_of,
@@ -80,6 +81,7 @@ def rademacher_rkhs(
     """
     functions = Functions("kernel, norm", NORM, norm_bound_of(_NAME, norm_bound))
     options = Options(draws, seed, distribution, stderr, max_draws, 3, nan_policy, first_draw, bound, memory, progress)
+    check_options(_NAME, options)
     n, block = _blocks(gram, kernel, x, check=nan_policy == "raise")
     if isinstance(draws, str):
         check_all_signs(_NAME, n, options)
@@ -129,8 +131,8 @@ def _blocks(gram: Any, kernel: Kernel | None, x: Any, check: bool) -> tuple[int,
             if list(part.shape) != shape:
                 raise ValueError(f"{_NAME}: kernel must return {shape} for so many samples, got {list(part.shape)}")
         if check:
-            peaks = torch.linalg.vector_norm(part, torch.inf, dim=0)
-            refuse_nonfinite(_NAME, argument if kernel is None else "kernel", peaks, part, row, column)
+            what = argument if kernel is None else "kernel"
+            refuse_nonfinite(_NAME, what, column_peaks(part), part, row, column)
         other = part.T if row == column else values[columns, rows].T if kernel is None else None
         tolerance = torch.finfo(part.dtype).eps ** 0.5
         if row == column:

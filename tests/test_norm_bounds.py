@@ -100,6 +100,21 @@ def test_entropy_bounds_on_many_samples_by_quadrature():
     assert bounds["parameters"] < bounds["trivial"] / 5
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_above_the_exact_complexity_of_networks_on_the_line(depth):
+    """On one input, all of the norm goes through one unit a layer: sup = prod B_j max |sums of relu(x), relu(-x)|."""
+    x = samples(10, 1)
+    hidden = [part for _ in range(depth - 2) for part in (linear(4, 4), nn.ReLU())]
+    module = chain(linear(1, 4), nn.ReLU(), *hidden, linear(4, 1))
+    sides = torch.cat([x.relu(), (-x).relu()], 1)
+    exact = 3.0 * float(rx.rademacher(sides, draws="all"))
+    bounds = rx.rademacher_norm_bounds(module, x, constraint="frobenius", norm_bound=[1.5, *[1.0] * (depth - 2), 2.0])
+    assert len(bounds) == 6 and all(bound > exact for bound in bounds.values())
+    assert bounds["golowich2018"] < 4 * exact
+    lower = rx.rademacher_neural(module, x, 64, 0, norm_bound=[1.5, *[1.0] * (depth - 2), 2.0], progress=False)
+    assert float(lower) == pytest.approx(3.0 * float(rx.rademacher(sides, draws=64, seed=0)), rel=0.05)
+
+
 # ---- Above every search
 
 
@@ -245,6 +260,8 @@ def test_the_default_discriminator():
     lower = rx.rademacher_neural(network, x, 8, 0, constraint="spectral", steps=50, progress=False)
     assert bounds.keys() == {"bartlett2017", "parameters", "trivial"}
     assert 0 < float(lower) < min(bounds.values())
+    disc = rx.fit_discriminator(x + 1, x, hidden=(8,), max_epochs=2, progress=False)
+    assert rx.rademacher_norm_bounds(disc, x) == rx.rademacher_norm_bounds(disc.network, x)
 
 
 def test_networks_that_are_zero():
@@ -288,5 +305,5 @@ def not_finite():
     ],
 )
 def test_bad_input(module, options, error, message):
-    with pytest.raises(error, match="rademacher_norm_bounds: .*" + message):
+    with pytest.raises(error, match="^rademacher_norm_bounds: .*" + message):
         rx.rademacher_norm_bounds(module, **{"x": samples(), **options})

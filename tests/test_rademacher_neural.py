@@ -190,21 +190,18 @@ def test_networks_found_are_a_class_inside_on_signs_they_were_not_trained_on():
 
 
 @pytest.mark.parametrize("memory", [1, 5000])
-def test_batches_of_draws_and_of_samples_change_nothing_but_rounding(memory, monkeypatch):
+def test_batches_of_draws_and_of_samples_change_nothing_but_rounding(memory):
     x, module = samples(), mlp(3, 6, 1, bias=True)
     whole = search(module, x, steps=5)
     assert torch.equal(search(module, x, steps=5).suprema, whole.suprema)
-    monkeypatch.setattr(neural_complexity, "_MEMORY", memory)
     for at_once in (None, 4):
-        torch.testing.assert_close(
-            search(module, x, steps=5, draws_at_once=at_once).suprema, whole.suprema, rtol=1e-9, atol=0
-        )
+        parts = search(module, x, steps=5, draws_at_once=at_once, memory=memory)
+        torch.testing.assert_close(parts.suprema, whole.suprema, rtol=1e-9, atol=0)
 
 
 def test_memory_that_the_backward_pass_keeps_is_bounded(monkeypatch):
     # 2 hidden layers of 64: 1 KiB of a float64 sample's activations and as much of their inputs, for each network.
     module, x = mlp(3, 64, 64, 1), samples(512)
-    monkeypatch.setattr(neural_complexity, "_MEMORY", 1 << 20)
     most = 0
     networks = neural_complexity._networks
 
@@ -223,7 +220,7 @@ def test_memory_that_the_backward_pass_keeps_is_bounded(monkeypatch):
         return result
 
     monkeypatch.setattr(neural_complexity, "_networks", counted)
-    search(module, x, draws=8, steps=2)
+    search(module, x, draws=8, steps=2, memory=1 << 20)
     weights = 2 * 8 * sum(p.nbytes for p in module.parameters())
     assert 1 << 18 < most < (1 << 20) + weights
 
@@ -291,8 +288,8 @@ def test_a_shared_parameter_is_one_parameter():
     torch.testing.assert_close(found.suprema, 9 * (signs_of(40, 6) @ x)[:, 0].abs() / 40, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_modes_without_gradients(mode):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_change_nothing(mode):
     x, module = samples(), mlp(3, 4, 1)
     expected = search(module, x, steps=10)
     with mode():
@@ -308,6 +305,12 @@ def test_samples_of_other_types():
         assert torch.equal(search(module, x).suprema, expected.suprema)
     exact = rx.rademacher_linear(torch.cat([images.flatten(1), torch.ones(30, 1)], 1), draws=6, seed=0)
     torch.testing.assert_close(expected.suprema, exact.suprema, rtol=1e-5, atol=0)  # float32 products
+
+
+def test_trained_discriminators_are_modules_too():
+    real, fake = samples(60).float() + 1, samples(60).float()
+    disc = rx.fit_discriminator(real, fake, hidden=(8,), max_epochs=2, progress=False)
+    assert torch.equal(search(disc, fake, steps=5).suprema, search(disc.network, fake, steps=5).suprema)
 
 
 def test_one_sample_and_zero_samples():
@@ -361,7 +364,7 @@ def exploding(self, x):
     ],
 )
 def test_modules_that_make_no_class(module, error, message):
-    with pytest.raises(error, match="rademacher_neural: .*" + message):
+    with pytest.raises(error, match="^rademacher_neural: .*" + message):
         search(module, samples())
 
 
@@ -377,6 +380,22 @@ def test_modules_that_make_no_class(module, error, message):
         ({"draws": 1.5}, TypeError, "draws must be an int, got float"),
         ({"restarts": 0}, ValueError, "restarts must be at least 1"),
         ({"first_draw": -1}, ValueError, "first_draw must be at least 0"),
+        (
+            {"constraint": lambda p: list(p.values())},
+            ValueError,
+            r"constraint must return a dict of \['0.weight', '2.weight'\], got list",
+        ),
+        (
+            {"constraint": lambda p: dict(list(p.items())[:1])},
+            ValueError,
+            r"must return a dict of .*, got \['0.weight'\]",
+        ),
+        (
+            {"constraint": lambda p: {name: each.sum(0) for name, each in p.items()}},
+            ValueError,
+            r"constraint must leave 0.weight \[4, 3\] torch.float64, got \[3\] torch.float64",
+        ),
+        ({"memory": 0}, ValueError, "memory must be at least 1"),
         ({"draws_at_once": 0}, ValueError, "draws_at_once must be at least 1"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive and finite, got 0.0"),
         ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number, got str"),
@@ -389,7 +408,7 @@ def test_modules_that_make_no_class(module, error, message):
     ],
 )
 def test_bad_options(options, error, message):
-    with pytest.raises(error, match="rademacher_neural: .*" + message):
+    with pytest.raises(error, match="^rademacher_neural: .*" + message):
         search(mlp(3, 4, 1), **{"x": samples(), **options})
 
 

@@ -5,13 +5,14 @@
 // columns, and every draw adds one entry of each of as many tables as L1 holds. The sums are of integers
 // (csrc/math/rademacher.h), so that blocking, threads and instruction sets do not show.
 //
-// For a largest sum that precision is needed only where the largest may be. Sums of 16-bit integers, two columns
-// in the place of one, come first, with a bound of their error; the columns whose sums may then reach a draw's
-// supremum, a few of a thousand, are summed again exactly. The result is the same.
+// For a largest sum that precision is needed only where the largest may be. Sums of 16-bit integers, two
+// columns in the place of one, come first, with a bound of their error; the columns whose sums may then reach
+// a draw's supremum, a few of a thousand, are summed again exactly. The result is the same.
 //
 // Memory beside inputs and results, per thread: for d = min(draws, kChunkDraws) draws
-// 520 d bytes of signs and running sums, 64 d bytes for every 8 columns (at most 16 d times kPanelBlocks) of
-// float64 sums, and 100 KB of tables: 1.7 MB at most, whatever n, m and draws are.
+// 400 d bytes of signs and running sums, 128 d for each of at most kPanelBlocks blocks of 16 columns of
+// float64 sums, and 310 KB of columns and tables: 1.8 MB at most, whatever n, m and draws are; and where sums
+// are screened, 200 bytes for each of at most kScreenedDraws draws.
 #pragma once
 
 #include <cstdint>
@@ -96,8 +97,8 @@ struct ScreenState {
 };
 
 struct ScreenKernels {
-  // Takes a panel in, of at most kPanelBlocks * 32 columns; panel.sums are float32 [blocks][draws][32]. False:
-  // values too large for float32 sums, or not finite.
+  // Takes a panel in, of at most kPanelBlocks * 32 columns; panel.sums are float32 [blocks][draws][32].
+  // False: values too large for float32 sums, or not finite.
   bool (*screen)(const RademacherPanel&, int64_t column, Supremum, const ScreenState&);
 };
 

@@ -20,7 +20,10 @@ struct Grid {
   int64_t blocks, parts, chunks, draws;  // draws of a chunk
 
   Grid(int64_t n, int64_t m, int64_t all_draws, int64_t block_columns, bool one_part)
-      : width(block_columns), blocks(divide_up(m, width)), parts(1), chunks(divide_up(all_draws, kChunkDraws)) {
+      : width(block_columns),
+        blocks(divide_up(m, width)),
+        parts(1),
+        chunks(divide_up(all_draws, kChunkDraws)) {
     const double work = static_cast<double>(n) * static_cast<double>(m) * static_cast<double>(all_draws);
     const int64_t threads = work < kSerial ? 1 : num_threads();
     // Few blocks divide unevenly; many draws do not mind that each chunk makes its tables.

@@ -30,7 +30,7 @@ REFINE_EXT_INLINE Vec<S> magnitude_of(Vec<S> x) {
   return {(typename Vec<S>::Native)((typename Vec<S>::Bits)x.v & std::numeric_limits<Integer>::max())};
 }
 
-// Columns of one block of rows, [rows][kColumns] into `fixed`, with back[j] to return.
+// Columns of one block of rows, [rows][kColumns], to integers in place, with back[j] to return.
 template <class T>
 class FixedColumns {
  public:
@@ -40,24 +40,20 @@ class FixedColumns {
   using Bits = typename V::Bits;
   static constexpr int kColumns = Row<E>::kColumns, kParts = Row<E>::kParts, kWidth = V::kWidth;
 
-  FixedColumns(const T* data, int64_t stride, int64_t rows, int64_t columns, int digits, E* fixed,
-               double* back, double* largest)
-      : rows_(rows), fixed_(reinterpret_cast<S*>(fixed)) {
-    const std::array<double, kColumns> peaks =
-        columns == kColumns ? read<true>(data, stride, columns) : read<false>(data, stride, columns);
+  // peak(j): the largest |value| of a column.
+  template <class Peak>
+  FixedColumns(S* staged, int64_t rows, int digits, double* back, const Peak& peak)
+      : rows_(rows), fixed_(staged) {
     const int certain = sizeof(S) == 8 ? kFixedBits64 : certain_bits(rows);
     int bits[kColumns];
     std::fill(bits, bits + kColumns, sizeof(S) == 8 ? certain : std::min(certain, 8 * digits - 1));
     if (sizeof(S) == 4 && 8 * digits - 1 > certain) {
-      for (int j = 0; j < kColumns; ++j) set_scale(j, peaks[j], certain);
+      for (int j = 0; j < kColumns; ++j) set_scale(j, peak(j), certain);
       const std::array<uint64_t, kColumns> magnitudes = sum_magnitudes();
       for (int j = 0; j < kColumns; ++j) bits[j] = fixed_bits(rows, magnitudes[j], digits);
     }
-    for (int j = 0; j < kColumns; ++j) back[j] = set_scale(j, peaks[j], bits[j]);
+    for (int j = 0; j < kColumns; ++j) back[j] = set_scale(j, peak(j), bits[j]);
     to_integers();
-    for (int64_t j = 0; largest && j < columns; ++j) {
-      largest[j] = peaks[j] > largest[j] || peaks[j] != peaks[j] ? peaks[j] : largest[j];
-    }
   }
 
  private:
@@ -68,31 +64,6 @@ class FixedColumns {
     second_[j] = static_cast<S>(std::ldexp(1.0, point.shift - half));
     limit_[j] = point.back == point.back ? static_cast<S>((int64_t{1} << bits) - 1) : S(0);
     return point.back;
-  }
-
-  // The columns as they are, and the largest magnitudes: as integers, NaN are the largest.
-  template <bool kWhole>
-  std::array<double, kColumns> read(const T* data, int64_t stride, int64_t columns) {
-    Bits peak[kParts] = {};
-    T padded[kColumns + kWidth] = {};
-    for (int64_t i = 0; i < rows_; ++i) {
-      const T* row = data + i * stride;
-      if (!kWhole) {
-        std::memcpy(padded, row, static_cast<size_t>(columns) * sizeof(T));
-        row = padded;
-      }
-#pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) {
-        const V x = load_as<S>(row + p * kWidth);
-        x.store(fixed_ + i * kColumns + p * kWidth);
-        const Bits size = (Bits)magnitude_of(x).v;
-        peak[p] = size > peak[p] ? size : peak[p];
-      }
-    }
-    std::array<double, kColumns> peaks;
-    for (int j = 0; j < kColumns; ++j)
-      peaks[j] = static_cast<double>(V{(typename V::Native)peak[j / kWidth]}.v[j % kWidth]);
-    return peaks;
   }
 
   std::array<uint64_t, kColumns> sum_magnitudes() const {
@@ -119,7 +90,7 @@ class FixedColumns {
         V{(typename V::Native)integer}.store(at);
       }
     }
-    std::memset(fixed_ + rows_ * kColumns, 0, static_cast<size_t>(kPaddedRows - rows_) * kRowBytes);
+    std::memset(fixed_ + rows_ * kColumns, 0, Narrow::kRows * kRowBytes);  // the most that a step lacks
   }
 
   REFINE_EXT_INLINE Bits magnitude(V x, int column) const {
@@ -154,26 +125,36 @@ template <class T, class Shape>
 void add_sums_of(const RademacherPanel& panel) {
   using Columns = FixedColumns<T>;
   using E = typename Columns::E;
+  using S = typename Columns::S;
   constexpr int kColumns = Columns::kColumns;
   const PanelScratch scratch = divide(panel.scratch, panel.n, panel.draws);
-  const int64_t padded = padded_draws(panel.draws);
+  const int64_t padded = padded_draws(panel.draws), block_rows = staged_rows(panel.n);
   Row<E>* running = reinterpret_cast<Row<E>*>(scratch.running);
   std::memset(running, 0, static_cast<size_t>(panel.draws * kRowBytes));
   alignas(64) double back[kColumns];
   for (int64_t row = 0; row < panel.n; row += kSignBlock) {
     const int64_t rows = std::min(kSignBlock, panel.n - row);
     make_words<Shape>(panel, panel.first_row + row, rows, scratch);
-    for (int64_t column = 0; column < panel.columns; column += kColumns) {
-      const T* data = static_cast<const T*>(panel.outputs) + row * panel.stride + column;
-      E* fixed = reinterpret_cast<E*>(scratch.fixed);
-      Columns(data, panel.stride, rows, std::min<int64_t>(kColumns, panel.columns - column), panel.digits,
-              fixed, back, panel.largest ? panel.largest + column : nullptr);
-      for (int64_t s = 0; s < Shape::steps(rows); ++s) {
-        const int64_t first = s * Shape::kRows;
-        add_step<E, Shape>(reinterpret_cast<const Row<E>*>(fixed) + first, rows - first,
-                           scratch.words + s * padded, panel.draws, scratch.tables, running);
+    for (int64_t stage = 0; stage < panel.columns; stage += kStaged * kColumns) {
+      const T* data = static_cast<const T*>(panel.outputs) + row * panel.stride + stage;
+      const int64_t columns = std::min<int64_t>(kStaged * kColumns, panel.columns - stage);
+      S* staged = reinterpret_cast<S*>(scratch.fixed);
+      Staging<T, S, kColumns> staging;
+      staging.read(data, panel.stride, rows, columns, staged, block_rows);
+      for (int64_t j = 0; panel.largest && j < columns; ++j) {
+        const double peak = staging.largest(j);
+        double& largest = panel.largest[stage + j];
+        largest = peak > largest || peak != peak ? peak : largest;
       }
-      flush<E>(running, panel.draws, back, panel.sums + column * panel.draws);
+      for (int64_t column = 0; column < columns; column += kColumns, staged += block_rows * kColumns) {
+        FixedColumns<T>(staged, rows, panel.digits, back, [&](int j) { return staging.largest(column + j); });
+        for (int64_t s = 0; s < Shape::steps(rows); ++s) {
+          const int64_t first = s * Shape::kRows;
+          add_step<E, Shape>(reinterpret_cast<const Row<E>*>(staged) + first, rows - first,
+                             scratch.words + s * padded, panel.draws, scratch.tables, running);
+        }
+        flush<E>(running, panel.draws, back, panel.sums + (stage + column) * panel.draws);
+      }
     }
   }
 }

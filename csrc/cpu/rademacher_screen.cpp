@@ -19,7 +19,7 @@ constexpr int64_t kScreenColumns = 32;  // of a block: 64 bytes of 16-bit intege
 // Screening pays where tables are looked up often, and where the error's bound, which grows with n, is well
 // below the spread of the sums, which grows with its root.
 bool worth_screening(const RademacherProblem& p) {
-  return p.supremum != Supremum::norm && p.draws >= 128 && p.m >= 64 && p.n <= (int64_t{1} << 17);
+  return p.supremum != Supremum::norm && p.draws >= 384 && p.m >= 64 && p.n <= (int64_t{1} << 17);
 }
 
 struct Screening {
@@ -51,13 +51,15 @@ bool screen(const RademacherProblem& p, const Grid& grid, Screening& found) {
 }
 
 // The draws to sum exactly in each block of columns; none: too many.
-std::vector<std::vector<int64_t>> chosen_draws(const RademacherProblem& p, const Grid& grid, Screening& found) {
+std::vector<std::vector<int64_t>> chosen_draws(const RademacherProblem& p, const Grid& grid,
+                                               Screening& found) {
   const int64_t width = row_columns(p.storage), blocks = divide_up(p.m, width);
   std::vector<std::vector<int64_t>> chosen(blocks);
   int64_t room = blocks * p.draws / 3;  // beyond which summing everything costs less
   for (int64_t k = 0; k < p.draws && room >= 0; ++k) {
     float floor = -HUGE_VALF;
-    for (int64_t part = 0; part < grid.parts; ++part) floor = std::max(floor, found.floor[part * p.draws + k]);
+    for (int64_t part = 0; part < grid.parts; ++part)
+      floor = std::max(floor, found.floor[part * p.draws + k]);
     for (int64_t part = 0; part < grid.parts; ++part) {
       Candidates& own = found.candidates[part * p.draws + k];
       own.keep(floor);
@@ -100,8 +102,8 @@ bool screened_suprema_cpu(const RademacherProblem& p) {
       for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
         const int64_t count = static_cast<int64_t>(chosen[b].size());
         for (int64_t first = 0; first < count; first += most) {
-          RademacherPanel panel = panel_of(p, b * width, std::min(width, p.m - b * width), 0,
-                                           std::min(most, count - first));
+          RademacherPanel panel =
+              panel_of(p, b * width, std::min(width, p.m - b * width), 0, std::min(most, count - first));
           panel.chosen = chosen[b].data() + first;
           panel.digits = p.digits;
           panel.sums = reinterpret_cast<double*>(scratch.data());

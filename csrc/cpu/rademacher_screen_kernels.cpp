@@ -1,7 +1,5 @@
-// Screening (csrc/cpu/rademacher.h): sums under signs to 16 bits, with a bound of their error, and the columns
-// that may hold a draw's supremum. Compiled once per instruction set.
-#include <limits>
-
+// Screening (csrc/cpu/rademacher.h): sums under signs to 16 bits, with a bound of their error, and the
+// columns that may hold a draw's supremum. Compiled once per instruction set.
 #include "rademacher_tables.h"
 
 namespace refine_ext::REFINE_EXT_ISA {
@@ -11,49 +9,11 @@ using V = Vec<float>;
 constexpr int kColumns = Row<int16_t>::kColumns;
 constexpr int kParts = kColumns / V::kWidth;
 
-// Steps between additions to the float32 sums. More of them leave fewer bits to each value: the integers of so
-// many rows may sum to 2^15.
-constexpr int64_t kSteps = 9, kRows = kSteps * Wide::kRows;
+// Steps between additions to the float32 sums. More of them leave fewer bits to each value: the integers of
+// so many rows may sum to 2^15.
+constexpr int64_t kSteps = 5, kRows = kSteps * Wide::kRows;
 
 REFINE_EXT_INLINE V magnitude_of(V x) { return {(V::Native)((V::Bits)x.v & 0x7fffffff)}; }
-
-// Rows of kColumns columns as float32, and the largest |value| of each column: as integers, NaN are the largest.
-template <class T>
-struct Staging {
-  using S = typename ComputeOf<T>::type;
-  using W = Vec<S>;
-  static constexpr int kPeaks = kColumns / W::kWidth;
-  typename W::Bits peak[kPeaks] = {};
-
-  template <bool kWhole>
-  void read(const T* data, int64_t stride, int64_t rows, int64_t columns, float* out) {
-    T padded[kColumns + W::kWidth] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* row = data + i * stride;
-      if (!kWhole) {
-        std::memcpy(padded, row, static_cast<size_t>(columns) * sizeof(T));
-        row = padded;
-      }
-#pragma GCC unroll 16
-      for (int p = 0; p < kPeaks; ++p) {
-        const W x = load(row + p * W::kWidth);
-        const typename W::Bits size = (typename W::Bits)x.v & std::numeric_limits<typename W::Integer>::max();
-        peak[p] = size > peak[p] ? size : peak[p];
-        float* to = out + i * kColumns + p * W::kWidth;
-        if constexpr (sizeof(S) == 4) {
-          x.store(to);
-        } else {
-          typedef float Narrow __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
-          *reinterpret_cast<Narrow*>(to) = __builtin_convertvector(x.v, Narrow);
-        }
-      }
-    }
-  }
-
-  double largest(int64_t j) const {
-    return static_cast<double>(W{(typename W::Native)peak[j / W::kWidth]}.v[j % W::kWidth]);
-  }
-};
 
 // What is known of a column: how far its sums may be off, and the sum of its values' sizes.
 struct Errors {
@@ -67,7 +27,8 @@ void to_integers(float* staged, int64_t rows, float* back, Errors& errors) {
   for (V& s : sum) s = V::splat(0);
   for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-    for (int p = 0; p < kParts; ++p) sum[p] = sum[p] + magnitude_of(V::load(staged + i * kColumns + p * V::kWidth));
+    for (int p = 0; p < kParts; ++p)
+      sum[p] = sum[p] + magnitude_of(V::load(staged + i * kColumns + p * V::kWidth));
   }
   V scale[kParts], unit[kParts], residual[kParts];
   const V zero = V::splat(0), limit = V::splat(kLimit);
@@ -119,38 +80,37 @@ void flush(Row<int16_t>* running, int64_t draws, const float* back, float* sums)
 template <class T>
 bool add_sums_of(const RademacherPanel& panel, float* error) {
   const PanelScratch scratch = divide(panel.scratch, panel.n, panel.draws);
-  static_assert(kRows * kColumns * sizeof(float) <= kPaddedRows * kRowBytes);
+  static_assert(kRows <= 210 && kPanelBlocks % kStaged == 0);
   const int64_t padded = padded_draws(panel.draws);
+  const int64_t block_rows = staged_rows(panel.n) / 2;  // of float32, which are twice as wide
   Row<int16_t>* running = reinterpret_cast<Row<int16_t>*>(scratch.running);
   std::memset(running, 0, static_cast<size_t>(panel.draws * kRowBytes));
-  float* staged = reinterpret_cast<float*>(scratch.fixed);
   float* sums = reinterpret_cast<float*>(panel.sums);
   alignas(64) float back[kColumns];
-  Staging<T> staging[kPanelBlocks];
+  constexpr int64_t kStages = kPanelBlocks / kStaged;
+  Staging<T, float, kColumns> staging[kStages];
   Errors errors[kPanelBlocks];
   std::memset(errors, 0, sizeof errors);
   for (int64_t row = 0; row < panel.n; row += kSignBlock) {
     const int64_t rows = std::min(kSignBlock, panel.n - row);
     make_words<Wide>(panel, panel.first_row + row, rows, scratch);
-    for (int64_t column = 0; column < panel.columns; column += kColumns) {
-      const int64_t columns = std::min<int64_t>(kColumns, panel.columns - column);
+    for (int64_t stage = 0; stage < panel.columns; stage += kStaged * kColumns) {
+      const int64_t columns = std::min<int64_t>(kStaged * kColumns, panel.columns - stage);
       for (int64_t first = 0; first < rows; first += kRows) {
         const int64_t part = std::min(kRows, rows - first);
-        const T* data = static_cast<const T*>(panel.outputs) + (row + first) * panel.stride + column;
-        Staging<T>& own = staging[column / kColumns];
-        if (columns == kColumns) {
-          own.template read<true>(data, panel.stride, part, columns, staged);
-        } else {
-          own.template read<false>(data, panel.stride, part, columns, staged);
+        const T* data = static_cast<const T*>(panel.outputs) + (row + first) * panel.stride + stage;
+        float* staged = reinterpret_cast<float*>(scratch.fixed);
+        staging[stage / (kStaged * kColumns)].read(data, panel.stride, part, columns, staged, block_rows);
+        for (int64_t column = stage; column < stage + columns;
+             column += kColumns, staged += block_rows * kColumns) {
+          to_integers(staged, part, back, errors[column / kColumns]);
+          for (int64_t s = 0; s < Wide::steps(part); ++s) {
+            add_step<int16_t, Wide>(
+                reinterpret_cast<const Row<int16_t>*>(staged) + s * Wide::kRows, part - s * Wide::kRows,
+                scratch.words + (first / Wide::kRows + s) * padded, panel.draws, scratch.tables, running);
+          }
+          flush(running, panel.draws, back, sums + column * panel.draws);
         }
-        to_integers(staged, part, back, errors[column / kColumns]);
-        for (int64_t s = 0; s < Wide::steps(part); ++s) {
-          add_step<int16_t, Wide>(reinterpret_cast<const Row<int16_t>*>(staged) + s * Wide::kRows,
-                                  part - s * Wide::kRows,
-                                  scratch.words + (first / Wide::kRows + s) * padded, panel.draws,
-                                  scratch.tables, running);
-        }
-        flush(running, panel.draws, back, sums + column * panel.draws);
       }
     }
   }
@@ -158,7 +118,7 @@ bool add_sums_of(const RademacherPanel& panel, float* error) {
   const float roundings = 0x1p-23f * static_cast<float>(16 + panel.n / kRows);
   bool finite = true;
   for (int64_t j = 0; j < panel.columns; ++j) {
-    const double largest = staging[j / kColumns].largest(j % kColumns);
+    const double largest = staging[j / (kStaged * kColumns)].largest(j % (kStaged * kColumns));
     const Errors& own = errors[j / kColumns];
     const int p = static_cast<int>(j % kColumns) / V::kWidth, l = static_cast<int>(j % kColumns) % V::kWidth;
     error[j] = 1.001f * own.residual[p].v[l] + roundings * own.size[p].v[l] + 1e-30f;
@@ -206,8 +166,8 @@ void choose(const RademacherPanel& panel, int64_t column, const float* error, co
 
 bool screen(const RademacherPanel& panel, int64_t column, Supremum supremum, const ScreenState& state) {
   float error[kPanelBlocks * kColumns];
-  const bool finite = with_storage(
-      panel.storage, [&](auto tag) { return add_sums_of<decltype(tag)>(panel, error); });
+  const bool finite =
+      with_storage(panel.storage, [&](auto tag) { return add_sums_of<decltype(tag)>(panel, error); });
   if (!finite) return false;
   if (supremum == Supremum::magnitude) {
     choose<true>(panel, column, error, state);

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "philox_simd.h"
@@ -31,9 +33,14 @@ struct Shape {
 };
 using Wide = Shape<6, 7>;     // 28 KB of tables; L1 has room left for what streams by
 using Narrow = Shape<4, 12>;  // where making 64 entries costs more than looking them up
-constexpr int64_t kFewDraws = 48;
+constexpr int64_t kFewDraws = 128;
 
-constexpr int64_t kPaddedRows = kSignBlock + 64;
+// Rows of 64 bytes that a staged block of columns has room for: its own and those of zeros after them, or 210
+// rows of twice as many bytes.
+inline int64_t staged_rows(int64_t n) { return std::min(n, kSignBlock) + 256; }
+
+// Blocks of columns that are read at once, 256 bytes of each row: rows may be pages apart.
+constexpr int64_t kStaged = 4;
 
 inline int64_t padded_draws(int64_t draws) { return (draws + 7) / 8 * 8; }
 
@@ -41,7 +48,7 @@ inline int64_t padded_draws(int64_t draws) { return (draws + 7) / 8 * 8; }
 struct PanelScratch {
   uint64_t* bits;   // [2 for each Philox block][padded draws]
   uint64_t* words;  // [steps][padded draws]
-  char* fixed;      // [kPaddedRows] rows
+  char* fixed;      // [kStaged][staged_rows] rows
   char* tables;
   char* running;  // [draws] rows
 };
@@ -51,7 +58,8 @@ inline int64_t sign_words(int64_t rows) { return (rows + kSignsPerPhilox - 1) / 
 inline int64_t scratch_bytes(int64_t n, int64_t draws) {
   const int64_t rows = std::min(n, kSignBlock);
   const int64_t words = sign_words(rows) + Wide::steps(rows);
-  return padded_draws(draws) * 8 * words + kRowBytes * (kPaddedRows + Wide::kEntries * Wide::kTables + draws);
+  return padded_draws(draws) * 8 * words +
+         kRowBytes * (kStaged * staged_rows(n) + Wide::kEntries * Wide::kTables + draws);
 }
 
 inline PanelScratch divide(void* scratch, int64_t n, int64_t draws) {
@@ -60,10 +68,82 @@ inline PanelScratch divide(void* scratch, int64_t n, int64_t draws) {
   parts.bits = static_cast<uint64_t*>(scratch);
   parts.words = parts.bits + sign_words(rows) * padded;
   parts.fixed = reinterpret_cast<char*>(parts.words + Wide::steps(rows) * padded);
-  parts.tables = parts.fixed + kPaddedRows * kRowBytes;
+  parts.tables = parts.fixed + kStaged * staged_rows(n) * kRowBytes;
   parts.running = parts.tables + Wide::kEntries * Wide::kTables * kRowBytes;
   return parts;
 }
+
+// Reads blocks of kColumns columns as Out, each into rows of its own, and keeps the largest |value| of each
+// column: as integers, NaN are the largest.
+template <class T, class Out, int kColumns>
+class Staging {
+ public:
+  using S = typename ComputeOf<T>::type;
+  using W = Vec<S>;
+  using Bits = typename W::Bits;
+
+  // At most kStaged blocks; out [blocks][block_rows][kColumns].
+  void read(const T* data, int64_t stride, int64_t rows, int64_t columns, Out* out, int64_t block_rows) {
+    switch (columns / kColumns) {
+      case 0:
+        break;
+      case 1:
+        read_blocks<1>(data, stride, rows, out, block_rows);
+        break;
+      case 2:
+        read_blocks<2>(data, stride, rows, out, block_rows);
+        break;
+      case 3:
+        read_blocks<3>(data, stride, rows, out, block_rows);
+        break;
+      default:
+        return read_blocks<kStaged>(data, stride, rows, out, block_rows);
+    }
+    const int64_t b = columns / kColumns, rest = columns % kColumns;
+    T padded[kColumns + W::kWidth] = {};
+    for (int64_t i = 0; rest > 0 && i < rows; ++i) {
+      std::memcpy(padded, data + i * stride + b * kColumns, static_cast<size_t>(rest) * sizeof(T));
+      read_row(padded, b, out + (b * block_rows + i) * kColumns);
+    }
+  }
+
+  double largest(int64_t j) const {
+    const Bits& own = peak_[j / kColumns][j % kColumns / W::kWidth];
+    return static_cast<double>(W{(typename W::Native)own}.v[j % W::kWidth]);
+  }
+
+ private:
+  static constexpr int kParts = kColumns / W::kWidth;
+
+  template <int64_t kBlocks>
+  void read_blocks(const T* data, int64_t stride, int64_t rows, Out* out, int64_t block_rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+      for (int64_t b = 0; b < kBlocks; ++b) {
+        read_row(data + i * stride + b * kColumns, b, out + (b * block_rows + i) * kColumns);
+      }
+    }
+  }
+
+  REFINE_EXT_INLINE void read_row(const T* row, int64_t b, Out* out) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kParts; ++p) {
+      const W x = load(row + p * W::kWidth);
+      const Bits size = (Bits)x.v & std::numeric_limits<typename W::Integer>::max();
+      Bits& peak = peak_[b][p];
+      peak = size > peak ? size : peak;
+      put(out + p * W::kWidth, x);
+    }
+  }
+
+  static REFINE_EXT_INLINE void put(S* to, W x) { x.store(to); }
+  static REFINE_EXT_INLINE void put(std::conditional_t<sizeof(S) == 8, float, double>* to, W x) {
+    typedef float Narrow __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+    *reinterpret_cast<Narrow*>(to) = __builtin_convertvector(x.v, Narrow);
+  }
+
+  Bits peak_[kStaged][kParts] = {};
+};
 
 // The two halves of Philox block `index` of kWidth draws.
 struct SignLanes {
@@ -91,8 +171,7 @@ void make_words(const RademacherPanel& panel, int64_t sample, int64_t rows, cons
       draw[l] = panel.first_draw + static_cast<uint64_t>(panel.chosen ? panel.chosen[at] : at);
     }
     for (int64_t b = 0; b < blocks; ++b) {
-      const SignLanes signs =
-          signs_of(panel.seed, draw, static_cast<uint64_t>(sample / kSignsPerPhilox + b));
+      const SignLanes signs = signs_of(panel.seed, draw, static_cast<uint64_t>(sample / kSignsPerPhilox + b));
       *reinterpret_cast<V*>(scratch.bits + 2 * b * padded + k) = signs.low;
       *reinterpret_cast<V*>(scratch.bits + (2 * b + 1) * padded + k) = signs.high;
     }
