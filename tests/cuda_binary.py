@@ -19,7 +19,7 @@ import refine_ext
 LIBRARY = Path(refine_ext.__file__).with_name("librefine_ext_cuda.so")
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 # Threads and bytes of shared memory of a multiprocessor.
-ARCHITECTURES = {"sm_80": (2048, 167936), "sm_90": (2048, 233472)}
+ARCHITECTURES = {"sm_80": (2048, 167936), "sm_90": (2048, 233472), "sm_90a": (2048, 233472)}
 FORMS = ["exponential", "reciprocal", "inverse_square", "inverse_sqrt", "linear", "power", "logistic", "lambert"]
 OUTPUTS = ["none", "log_ratio", "ratio"]
 STORAGE = {"float": "float32", "double": "float64", "Half": "float16", "BFloat16": "bfloat16"}
@@ -73,7 +73,7 @@ class Source(NamedTuple):
     name: str
     file: Path
     parameters: list[tuple[str, str]]  # kind and name of each template parameter
-    threads: int
+    threads: str  # of a block: a number, or the template parameter that says it
     comment: str  # above its budget
     budget: str  # what follows "// budget:", "" if there is none
     span: tuple[int, int]  # where the budget stands in the file
@@ -95,15 +95,15 @@ def declared() -> dict[str, Source]:
         assert content.count("__global__") == len(KERNEL.findall(content)), f"{path.name}: a kernel is not understood"
         for match in KERNEL.finditer(content):
             threads = match["threads"]
-            while not threads.isdigit():
-                threads = constants[threads]
             parameters = [tuple(part.split()[-2:]) for part in (match["parameters"] or "").split(",") if part.strip()]
             comment, _, budget = match["comment"].partition("// budget:")
+            while not threads.isdigit() and threads not in dict(map(reversed, parameters)):
+                threads = constants[threads]
             kernels[match["name"]] = Source(
                 match["name"],
                 path,
                 parameters,
-                int(threads),
+                threads,
                 comment,
                 re.sub(r"\n// *", " ", budget).strip(),
                 (match.start("comment") + len(comment), match.end("comment")),
@@ -126,10 +126,16 @@ class Loop(NamedTuple):
 LOAD, STORE = r"LDG\.E\.128", r"STG\.E\.128"
 
 
+def _snake_case(constant: str) -> str:
+    return re.sub(r"(?<!^)([A-Z])", r"_\1", constant.removeprefix("k")).lower()
+
+
 class Kernel:
     def __init__(self, source: Source, architecture: str, arguments: list[str], usage: dict[str, int], code: str):
         self.source, self.architecture = source, architecture
         self.words = self._words(arguments)
+        given = {name: value for (_, name), value in zip(source.parameters, arguments, strict=True)}
+        self.threads = int(given.get(source.threads, source.threads))
         self.registers, self.local = usage["REG"], usage["STACK"] + usage["LOCAL"]
         # From sm_90 on the count includes what the system reserves.
         self.shared = usage["SHARED"] - (1024 if architecture >= "sm_90" and usage["SHARED"] else 0)
@@ -140,9 +146,11 @@ class Kernel:
         words = []
         for (kind, name), value in zip(self.source.parameters, arguments, strict=True):
             if kind == "bool":
-                words += [re.sub(r"(?<!^)([A-Z])", r"_\1", name.removeprefix("k")).lower()] * (value == "true")
+                words += [_snake_case(name)] * (value == "true")
             elif kind in ("Form", "Output"):
                 words.append((FORMS if kind == "Form" else OUTPUTS)[int(value[-1])])
+            elif kind == "int":
+                words.append(f"{_snake_case(name)}={value}")
             elif name == "T":
                 words += [STORAGE[value], *["16-bit"] * ("16" in STORAGE[value])]
             else:
@@ -184,10 +192,10 @@ class Kernel:
     @property
     def occupancy(self) -> int:
         limits = ARCHITECTURES[self.architecture]
-        major, minor = divmod(int(self.architecture[3:]), 10)
-        blocks = calculator().blocks_of(major, minor, *limits, self.registers, self.shared, self.source.threads)
+        major, minor = divmod(int(self.architecture[3:].rstrip("a")), 10)
+        blocks = calculator().blocks_of(major, minor, *limits, self.registers, self.shared, self.threads)
         assert blocks >= 0, "the calculator refuses these properties"
-        return 100 * blocks * self.source.threads // limits[0]
+        return 100 * blocks * self.threads // limits[0]
 
     def per_sample(self, loop: Loop, pattern: str, inputs: int) -> float:
         lanes = next(LANES[word] for word in self.words if word in LANES)

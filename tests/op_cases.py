@@ -241,6 +241,32 @@ def _guidance_factor(name: str, dtype: torch.dtype, logit: bool = False, flow: b
     return Case(f"guidance_factor-{name}-{short(dtype)}{kind}{'-flow' if flow else ''}", inputs, call)
 
 
+def _rademacher(dtype: torch.dtype) -> Case:
+    """Two blocks of rows, two tiles of columns; the suprema with their gradients, sums that go on, multipliers."""
+    n, m, draws = 1030, 65, 33
+
+    def inputs(g: torch.Generator) -> Iterable[Tensor]:
+        yield torch.randn(n, m, dtype=torch.float64, generator=g).to(dtype)
+        yield torch.randn(draws, dtype=torch.float64, generator=g)
+
+    def call(outputs: Tensor, grad: Tensor) -> Iterable[Tensor]:
+        for supremum in range(3):
+            x = outputs.detach().requires_grad_()
+            suprema, index, largest = ops.rademacher_suprema(x, draws, 5, 2**62 + 7, supremum, 3)
+            yield from (suprema.detach(), index, largest)
+            yield from torch.autograd.grad(suprema, x, grad)
+        if dtype == torch.float32:
+            for digits in (1, 2):
+                yield ops.rademacher_suprema(outputs, draws, 5, 3, 1, digits)[0]
+        sums = grad[:, None].repeat(1, m)
+        ops.rademacher_sums(sums, outputs, 2048, 2**33, 9)
+        yield sums
+        for normal in (False, True):
+            yield ops.multipliers(outputs, n, 3, 1024, 2**33, 4, normal) * outputs[:, 0]
+
+    return Case(f"rademacher-{short(dtype)}", inputs, call)
+
+
 ALPHAS = ("alpha:0.3", "alpha:3")
 OTHERS = tuple(dtype for dtype in DTYPES if dtype != torch.float32)
 CASES = (
@@ -264,6 +290,7 @@ CASES = (
     *(_guided_step(torch.float32, other) for other in (torch.float16, torch.bfloat16)),
     *(_guidance_factor(name, torch.float32) for name in (*NAMED, *ALPHAS)),
     *(_guidance_factor("jensen_shannon", dtype, True, True) for dtype in OTHERS),
+    *(_rademacher(dtype) for dtype in DTYPES),
 )
 
 

@@ -30,6 +30,7 @@ def run(kernel: str, sanitizer: str, order: str = "forward") -> subprocess.Compl
         ("written_shared", "64"),
         ("all_outputs", "2"),
         ("matrix_product", "16"),
+        ("copied", "1.5"),
     ],
 )
 def test_correct_kernels_pass(kernel, result, order, sanitizer):
@@ -58,6 +59,9 @@ def test_correct_kernels_pass(kernel, result, order, sanitizer):
         ("misaligned_matrix", "address", "misaligned row of a matrix"),
         ("matrix_outside_shared", "address", "not in shared memory"),
         ("matrix_of_half_a_warp", "address", "not every thread"),
+        ("copy_without_barrier", "thread", "data race"),
+        ("misaligned_copy", "address", "misaligned copy"),
+        ("copy_outside_shared", "address", "a copy not to shared memory"),
     ],
 )
 def test_planted_bugs_are_reported(bug, sanitizer, report):
@@ -72,6 +76,9 @@ def test_what_nobody_wrote_shows(sanitizer):
     assert run("unwritten_shared", sanitizer).stdout.split()[0].strip("-") == "nan"
     assert run("all_outputs", sanitizer).stdout.split()[1] == "0"
     assert run("unwritten_output", sanitizer).stdout.split()[1] == "1"
+    # A copy is there when it was waited for and not before, and what it overwrites is gone when it is asked for.
+    assert run("copy_not_waited_for", sanitizer).stdout.split()[0].strip("-") == "nan"
+    assert run("copy_over_what_is_read", sanitizer).stdout.split()[0].strip("-") == "nan"
 
 
 def test_an_order_of_blocks_shows():

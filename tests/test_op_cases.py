@@ -163,6 +163,8 @@ def test_empty_inputs(device):
         [ops.guided_step(rows, [rows], None, [1.0, 1.0, 1.0], None, None, 0, 0, True)],
         [ops.guided_step(rows.new_empty(0), [], None, [1.0], None, None, 0, 0, False)],
         [ops.guidance_factor(values, None, None, None, None, [0.0, 1.0, 1.0, 1.0, 0.0, 2.0], 3, 0.0, False, False, 1)],
+        [ops.rademacher_backward(stats.new_empty(3), seed.new_empty(3), values[:, None].expand(0, 4), 0, 0)],
+        [ops.multipliers(rows, 0, 3, 0, 0, 0, normal) for normal in (False, True)],
     ]
     for tensors in results:
         for tensor in tensors:

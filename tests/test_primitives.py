@@ -21,7 +21,7 @@ from cuda_binary import CUOBJDUMP, NVDISASM
 
 NVCC = shutil.which("nvcc")
 SOURCE = Path(emulator.__file__).with_name("primitives_main.cpp")
-OPS = ["product", "shared_product", "philox"]
+OPS = ["product", "shared_product", "philox", "unsigned_product", "signed_product"]
 
 
 def compile_for_gpu(folder: Path) -> Path:
@@ -85,6 +85,19 @@ def test_products(program, op):
         assert (np.abs(got - a @ b) <= (k + 1) * 2.0**-23 * (np.abs(a) @ np.abs(b))).all()
 
 
+@pytest.mark.parametrize("op", ["unsigned_product", "signed_product"])
+def test_byte_products(program, op):
+    """Exact, every byte in its place; sums wrap around 2^32 where they must."""
+    rng = np.random.default_rng(2)
+    for m, n, k in ((16, 8, 32), (48, 24, 96)):
+        a = rng.integers(0, 256, (m, k), dtype=np.uint8)
+        b = rng.integers(0, 256, (n, k), dtype=np.uint8)
+        answer = ask(program, op, (m, n, k), a, b)
+        values = b.view(np.int8) if op == "signed_product" else b
+        got = np.frombuffer(answer, dtype=np.int32).reshape(m, n)
+        np.testing.assert_array_equal(got, a.astype(np.int64) @ values.astype(np.int64).T)
+
+
 def test_philox(program):
     words = np.random.default_rng(1).integers(0, 2**32, (1001, 6), dtype=np.uint32)
     words[0], words[1] = 0, 2**32 - 1
@@ -106,7 +119,10 @@ def test_machine_code(tmp_path):
         ).stdout
         function = re.compile(r"Function : \S*?\d([a-z_]+_kernel)\w*\n(.*?)(?=\n\s*Function :|\Z)", re.DOTALL)
         kernels = dict(function.findall(dump))
-        assert kernels.keys() == {"product_kernel", "shared_product_kernel", "philox_kernel"}
+        assert kernels.keys() == {"product_kernel", "shared_product_kernel", "philox_kernel", "byte_product_kernel"}
+        code = kernels["byte_product_kernel"]
+        assert len(re.findall(r"IMMA", code)) == len(re.findall(r"IMMA\.16832\.U8\.[US]8", code)) > 0, code
+        assert re.findall(r"LDGSTS\.E\.BYPASS\.128", code), code
         for name, tiles, loads in (("product_kernel", 1, 0), ("shared_product_kernel", 2, 2)):
             code = kernels[name]
             products = len(re.findall(r"HMMA\.16816\.F32\.BF16", code))

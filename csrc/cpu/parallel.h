@@ -9,6 +9,8 @@ namespace refine_ext {
 void parallel_for_c(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                     void* context);
 
+int64_t num_threads();
+
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   // Waking the pool costs microseconds, milliseconds on a busy host; a single range is run here.

@@ -9,7 +9,7 @@
 //
 // A value, then the exceptions: template arguments (all of them) and the value for these; the last that fits
 // counts. A form, an output, a flag that is set, the storage T (float32, float64, float16, bfloat16, or
-// 16-bit), and N=float64 for another type's name. The words:
+// 16-bit), N=float64 for another type's name, and threads=64 for a number. The words:
 //   registers, local, shared   of a thread, in eights; bytes of its local memory, 0 unless said, with the
 //                              reason and never in a loop over samples; static bytes of a block
 //   occupancy                  at least this share of a multiprocessor's threads

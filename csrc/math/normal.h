@@ -139,15 +139,17 @@ REFINE_EXT_INLINE NormalPair<V> normal_pair(Word radius_word, Word angle_word) {
 
 // The words of the noise of a sampler. Element e of a sample is number e % 4 of block e / 4; counter =
 // (block, step, row), so that neither other samples nor the number of threads matter. A sample has at most
-// 2^34 elements.
+// 2^34 elements. The normals of a draw (rademacher_problem.h) are those of row `draw` and step 0 of their own
+// stream.
 struct NoiseSequence {
   uint64_t seed;
   uint32_t step;
   uint64_t row;
+  Stream stream = Stream::noise;
 
   REFINE_EXT_INLINE uint32_t third_word() const { return static_cast<uint32_t>(row); }
   REFINE_EXT_INLINE uint32_t fourth_word() const {
-    return static_cast<uint32_t>(Stream::noise) | static_cast<uint32_t>(row >> 32) << 8;
+    return static_cast<uint32_t>(stream) | static_cast<uint32_t>(row >> 32) << 8;
   }
   REFINE_EXT_INLINE PhiloxBlock<uint32_t> block(uint32_t index) const {
     return philox4x32<uint32_t>({{index, step, third_word(), fourth_word()}}, static_cast<uint32_t>(seed),

@@ -6,8 +6,12 @@
 //
 // Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up
 // shuffles, static shared memory (REFINE_EXT_SHARED), 16-byte packs; and what its next kernels will: dynamic
-// shared memory, atomicAdd and atomicExch, __threadfence, the matrix instructions of csrc/cuda/mma.cuh. Not
-// modelled: asynchronous copies (cp.async, TMA, mbarrier), wgmma, clusters.
+// shared memory, atomicAdd and atomicExch, __threadfence, the matrix instructions of csrc/cuda/mma.cuh and
+// its copies to shared memory. Not modelled: TMA, mbarrier, wgmma, clusters.
+//
+// A copy of 16 bytes writes when it is asked for, NaN, and when it is waited for, what is to be there: the
+// first and the last moment at which the hardware may. Between them nobody finds anything, and who still
+// reads what was there before, or has not waited at a barrier since, races.
 //
 // What is made visible between blocks follows the PTX memory model: an atomicAdd orders nothing by itself;
 // what a thread wrote before a __threadfence that precedes its atomicAdd is there for a thread whose later
@@ -147,6 +151,40 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     for (int k = 0; k < 16; ++k) sum += rows[group + i / 2 * 8][k] * columns[pair + i % 2][k];
     d[i] = static_cast<float>(sum);
   }
+}
+
+// The same for m16n8k32 and bytes: A's unsigned, B's signed or not.
+void mma_bytes(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_signed,
+               const char* file, int line);
+
+// The copies that a thread has asked for, in groups.
+struct Copy {
+  uint4* to;
+  const uint4* from;
+};
+void check_copy(const void* shared, const void* global, const char* file, int line);
+void remember(const Copy& copy);
+void commit_copies();
+// The next copy of the groups before the last `pending`; false: none is left.
+bool next_copy(int pending, Copy& copy);
+// Copy `index` of all that are left.
+bool pending_copy(size_t index, Copy& copy);
+
+inline constexpr uint4 kNothing{~0u, ~0u, ~0u, ~0u};
+
+inline void copy_async(void* shared, const void* global, const char* file, int line) {
+  check_copy(shared, global, file, line);
+  const Copy copy{static_cast<uint4*>(shared), static_cast<const uint4*>(global)};
+  const volatile uint32_t read = copy.from->x;
+  static_cast<void>(read);
+  *copy.to = kNothing;
+  remember(copy);
+}
+
+inline void wait_copies(int pending) {
+  Copy copy;
+  while (next_copy(pending, copy)) *copy.to = *copy.from;
+  for (size_t i = 0; pending_copy(i, copy); ++i) *copy.to = kNothing;
 }
 
 // Lane l gives the address of row l % 8 of matrix l / 8.

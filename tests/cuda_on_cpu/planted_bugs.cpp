@@ -179,6 +179,38 @@ constexpr auto matrix_product = matrices<Mistake::none>,
                matrix_outside_shared = matrices<Mistake::not_shared>,
                matrix_of_half_a_warp = matrices<Mistake::half_a_warp>;
 
+// ---- copies to shared memory, in two slots by turns; all of `in` is a half, and so is every result
+
+enum class Slip { none, no_wait, no_barrier, one_slot, misaligned, not_shared };
+template <Slip kSlip>
+__global__ void copies(const float* in, double* out) {
+  REFINE_EXT_SHARED(uint4, slots, [2][8]);
+  const int lane = threadIdx.x % kWarp;
+  const auto fetch = [&](int slot) {
+    if (threadIdx.x < 8) {
+      void* to = &slots[kSlip == Slip::one_slot ? 0 : slot][threadIdx.x];
+      if (kSlip == Slip::not_shared) to = out + 2 * threadIdx.x;
+      copy_async(to, in + 4 * threadIdx.x + (kSlip == Slip::misaligned));
+    }
+    commit_copies();
+  };
+  double sum = 0.0;
+  fetch(0);
+  for (int turn = 0; turn < 3; ++turn) {
+    fetch((turn + 1) % 2);
+    if (kSlip != Slip::no_wait) wait_copies<1>();
+    if (kSlip != Slip::no_barrier) __syncthreads();
+    const float* slot = reinterpret_cast<const float*>(slots[kSlip == Slip::one_slot ? 0 : turn % 2]);
+    sum += static_cast<double>(slot[31 - lane]);
+    if (kSlip != Slip::no_barrier) __syncthreads();
+  }
+  if (threadIdx.x == 0) *out = sum;
+}
+constexpr auto copied = copies<Slip::none>, copy_not_waited_for = copies<Slip::no_wait>,
+               copy_without_barrier = copies<Slip::no_barrier>,
+               copy_over_what_is_read = copies<Slip::one_slot>, misaligned_copy = copies<Slip::misaligned>,
+               copy_outside_shared = copies<Slip::not_shared>;
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -238,6 +270,12 @@ int main(int, char** arguments) {
   REFINE_EXT_RUN(misaligned_matrix, 1);
   REFINE_EXT_RUN(matrix_outside_shared, 1);
   REFINE_EXT_RUN(matrix_of_half_a_warp, 1);
+  REFINE_EXT_RUN(copied, 1);
+  REFINE_EXT_RUN(copy_not_waited_for, 1);
+  REFINE_EXT_RUN(copy_without_barrier, 1);
+  REFINE_EXT_RUN(copy_over_what_is_read, 1);
+  REFINE_EXT_RUN(misaligned_copy, 1);
+  REFINE_EXT_RUN(copy_outside_shared, 1);
   if (!found) return 3;
   int untouched = 0;
   for (int i = 0; i < kThreads; ++i) untouched += std::isnan(out.get()[i]);

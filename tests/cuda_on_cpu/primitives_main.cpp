@@ -1,7 +1,7 @@
 // Kernels around what the hardware defines rather than a formula: the tensor cores' fragments, matrices from
-// shared memory, Philox's 32-bit multiplications. test_primitives.py compiles this file twice, with the
-// emulation and with nvcc, and compares both with NumPy: on a GPU that tells whether the emulation's layouts
-// are the hardware's.
+// and copies to shared memory, Philox's 32-bit multiplications. test_primitives.py compiles this file twice,
+// with the emulation and with nvcc, and compares both with NumPy: on a GPU that tells whether the emulation's
+// layouts are the hardware's.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -68,6 +68,47 @@ __global__ void shared_product_kernel(const uint16_t* a, const uint16_t* b, floa
   }
 }
 
+// Bytes: A [m, k], unsigned; B by columns, [n, k], signed or not; D [m, n]. A warp computes a tile of 16 x 8;
+// B comes through shared memory, by copies of which one is on its way while the last one's part is
+// multiplied.
+template <bool kSigned>
+__global__ void byte_product_kernel(const unsigned char* a, const unsigned char* b, uint32_t* d, int64_t n,
+                                    int64_t k) {
+  REFINE_EXT_SHARED(uint4, tiles, [2][8][2]);
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4 * 4;
+  const int64_t row = blockIdx.x / (n / 8) * 16, column = blockIdx.x % (n / 8) * 8;
+  const auto fetch = [&](int64_t from) {
+    if (lane < 16 && from < k) {
+      copy_async(&tiles[from / 32 % 2][lane / 2][lane % 2],
+                 b + (column + lane / 2) * k + from + lane % 2 * 16);
+    }
+    commit_copies();
+  };
+  uint32_t sums[4] = {};
+  fetch(0);
+  for (int64_t from = 0; from < k; from += 32) {
+    fetch(from + 32);
+    wait_copies<1>();
+    __syncthreads();
+    const auto word = [](const void* bytes) {
+      uint32_t value;
+      memcpy(&value, bytes, sizeof(value));
+      return value;
+    };
+    const unsigned char* left = a + (row + g) * k + from + t;
+    const auto* right = reinterpret_cast<const unsigned char*>(tiles[from / 32 % 2][g]) + t;
+    const uint32_t rows[4] = {word(left), word(left + 8 * k), word(left + 16), word(left + 8 * k + 16)};
+    const uint32_t columns[2] = {word(right), word(right + 16)};
+    multiply_add<kSigned>(sums, rows, columns);
+    __syncthreads();
+  }
+  uint32_t* out = d + (row + g) * n + column + lane % 4 * 2;
+  out[0] = sums[0];
+  out[1] = sums[1];
+  out[8 * n] = sums[2];
+  out[8 * n + 1] = sums[3];
+}
+
 // in: counters of four words and keys of two, out: blocks of four.
 __global__ void philox_kernel(const uint32_t* in, uint32_t* out, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
@@ -120,7 +161,7 @@ class Memory {
 struct Request {
   int64_t op, m, n, k;
 };
-enum Op : int64_t { product, shared_product, philox };
+enum Op : int64_t { product, shared_product, philox, unsigned_product, signed_product };
 
 bool read_exactly(void* to, size_t bytes) { return bytes == 0 || std::fread(to, bytes, 1, stdin) == 1; }
 
@@ -149,6 +190,10 @@ int main() {
     launch_with_shared("shared_product", shared_product_kernel, r.m / 16 * (r.n / kWide), kProductThreads,
                        (256 + 16 * kWide) * 2, nullptr, a.as<uint16_t>(), b.as<uint16_t>(), out.as<float>(),
                        r.n, r.k);
+  } else if (r.op == unsigned_product || r.op == signed_product) {
+    launch("byte_product", r.op == signed_product ? byte_product_kernel<true> : byte_product_kernel<false>,
+           r.m / 16 * (r.n / 8), kWarp, nullptr, a.as<unsigned char>(), b.as<unsigned char>(),
+           out.as<uint32_t>(), r.n, r.k);
   } else {
     launch("philox", philox_kernel, (r.m + 31) / 32, 32, nullptr, a.as<uint32_t>(), out.as<uint32_t>(), r.m);
   }

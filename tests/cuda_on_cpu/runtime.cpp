@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -54,6 +55,7 @@ struct Fiber {
   void* tsan = nullptr;
   char fenced = 0, seen = 0;  // carry what came before its last fence, and what its atomics have seen since
   unsigned shuffles = 0;
+  std::deque<std::vector<Copy>> copies{1};  // groups, the last of which is open
   bool done = false;
   const char* waits_in = nullptr;
   int waits_at = 0;
@@ -278,13 +280,89 @@ void* dynamic_shared_memory() {
   return shared_memory(&dynamic_key, dynamic_bytes);
 }
 
-void check_matrix_row(const void* row, const char* file, int line) {
-  const auto* address = static_cast<const unsigned char*>(row);
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) die("misaligned row of a matrix", file, line);
+namespace {
+
+bool in_shared(const void* pointer) {
+  const auto* address = static_cast<const unsigned char*>(pointer);
   for (const Block::Shared& array : block->shared) {
-    if (address >= array.memory && address < array.memory + array.bytes) return;
+    if (address >= array.memory && address < array.memory + array.bytes) return true;
   }
-  die("a row of a matrix is not in shared memory", file, line);
+  return false;
+}
+
+}  // namespace
+
+void check_matrix_row(const void* row, const char* file, int line) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) die("misaligned row of a matrix", file, line);
+  if (!in_shared(row)) die("a row of a matrix is not in shared memory", file, line);
+}
+
+void check_copy(const void* shared, const void* global, const char* file, int line) {
+  for (const void* pointer : {shared, global}) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) die("misaligned copy", file, line);
+  }
+  if (!in_shared(shared)) die("a copy not to shared memory", file, line);
+  if (in_shared(global)) die("a copy from shared memory", file, line);
+}
+
+void remember(const Copy& copy) { current->copies.back().push_back(copy); }
+
+void commit_copies() { current->copies.emplace_back(); }
+
+bool next_copy(int pending, Copy& copy) {
+  auto& groups = current->copies;
+  while (groups.size() > static_cast<size_t>(pending) + 1) {
+    auto& oldest = groups.front();
+    if (!oldest.empty()) {
+      copy = oldest.back();
+      oldest.pop_back();
+      return true;
+    }
+    groups.pop_front();
+  }
+  return false;
+}
+
+bool pending_copy(size_t index, Copy& copy) {
+  for (const auto& group : current->copies) {
+    if (index < group.size()) {
+      copy = group[index];
+      return true;
+    }
+    index -= group.size();
+  }
+  return false;
+}
+
+void mma_bytes(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_signed,
+               const char* file, int line) {
+  struct {
+    uint32_t a[4], b[2];
+  } own;
+  std::memcpy(own.a, a, sizeof(a));
+  std::memcpy(own.b, b, sizeof(b));
+  const unsigned char* slots = exchange(&own, sizeof(own), file, line);
+  // The bytes of one register of four lanes, which are 16 of a row or column.
+  const auto bytes_of = [&](int lane, size_t index, unsigned char* bytes) {
+    for (int i = 0; i < 4; ++i) std::memcpy(bytes + 4 * i, slots + (lane + i) * kSlotBytes + 4 * index, 4);
+  };
+  const int lane = static_cast<int>(current->position.thread.x % kLanes), group = lane / 4,
+            pair = lane % 4 * 2;
+  unsigned char rows[2][32], columns[2][32];
+  for (size_t half = 0; half < 2; ++half) {
+    for (size_t r = 0; r < 2; ++r) {
+      bytes_of(4 * group, 2 * half + r, rows[r] + 16 * half);
+      bytes_of(4 * (pair + static_cast<int>(r)), 4 + half, columns[r] + 16 * half);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    int32_t sum = 0;
+    for (int k = 0; k < 32; ++k) {
+      const int column = columns[i % 2][k];
+      sum += rows[i / 2][k] * (is_signed && column > 127 ? column - 256 : column);
+    }
+    d[i] += static_cast<uint32_t>(sum);
+  }
 }
 
 void fence() {
