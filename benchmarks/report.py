@@ -142,6 +142,14 @@ def _share(row: dict[str, Any], part: str, whole: str) -> str:
     return f"{row['time'][part]['seconds'] / row['time'][whole]['seconds']:.1%}"
 
 
+def _of_copy(row: dict[str, Any], ours: str, copy: str) -> str:
+    """Bandwidth of ours over a copy's."""
+    if not {ours, copy} <= row["time"].keys():
+        return "–"
+    copied = 2 * row["n"] * ITEMSIZE[row["dtype"]]
+    return f"{row['bytes'] / copied * row['time'][copy]['seconds'] / row['time'][ours]['seconds']:.0%}"
+
+
 def guidance() -> str:
     result = _load("guidance_cpu")
     if result is None:
@@ -149,9 +157,10 @@ def guidance() -> str:
     rows = measured(result)
     size = "x".join(map(str, next(row for row in rows if row["op"] == "guided_step")["shape"]))
     lines = [
-        f"| step of {size.replace('x', ' × ')} | threads | time | in place | of copy bandwidth | torch eager "
-        "| in-place eager, to ours in place | torch.compile |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| step of {size.replace('x', ' × ')} | threads | time | in place | of copy bandwidth | of a copy into a new "
+        "tensor | into a given tensor, of copy bandwidth | torch eager | in-place eager, to ours in place "
+        "| torch.compile |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["op"] != "guided_step" or "x".join(map(str, row["shape"])) != size:
@@ -162,6 +171,7 @@ def guidance() -> str:
         name = f"{row['variant']}, {row['dtype']}" + (f": {row['n'] / ours / 1e9:.2f} G/s" if normals else "")
         lines.append(
             f"| {name} | {row['threads']} | {_duration(ours)} | {_duration(in_place)} | {row['copy_fraction']:.0%} | "
+            f"{_of_copy(row, 'refine_ext', 'copy_new')} | {_of_copy(row, 'refine_ext_out', 'copy')} | "
             f"{_slower(row, 'eager', ours)} | {_slower(row, 'eager_inplace', in_place)} | "
             f"{_slower(row, 'compile', ours)} |"
         )
