@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import gate_results
 import ledger
+import report_certificate
+import report_rademacher
 import roofline
 from traffic import traffic
 
@@ -331,6 +333,16 @@ def guided_mixture() -> str:
     return "\n".join(lines)
 
 
+def certificate() -> str:
+    result = _load("certificate")
+    return report_certificate.table(result) if result else ""
+
+
+def rademacher() -> str:
+    result = _load("rademacher_cpu")
+    return report_rademacher.table(result) if result else ""
+
+
 TABLES = {
     "density_ratio": density_ratio,
     "resampling": resampling,
@@ -340,6 +352,8 @@ TABLES = {
     "demo_diffusion": demo_diffusion,
     "demo_latent": demo_latent,
     "guided_mixture": guided_mixture,
+    "certificate": certificate,
+    "rademacher": rademacher,
 }
 
 
@@ -399,6 +413,8 @@ def main() -> None:
     (RESULTS / "README.md").write_text(ledger.render(gate_results.load(RESULTS)))
     for name, plot in plots().items():
         roofline.draw(plot.rows, plot.title, plot.limit, ROOT / "docs" / f"{name}.png")
+    if result := _load("certificate"):
+        report_certificate.draw(result, ROOT / "docs" / "certificate.png")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 import torch as _torch  # first: the libraries below need torch's  # noqa: F401
 
 from . import _C, _library, _ops, _ops_guidance, _ops_rademacher  # noqa: F401  (loads the libraries, registers the ops)
+from .complexity_estimate import Estimate
 from .density_ratio import DensityRatio, density_ratio
 from .divergence import divergences
+from .rademacher import rademacher, rademacher_l1, rademacher_linear
 from .resampling import Metropolis, Rejection, metropolis, rejection, resample
 from .variational_bound import logistic_loss, variational_bound
 
 if TYPE_CHECKING:
+    from .certificate import refinement_certificate
+    from .certificate_result import RefinementCertificate
     from .denoiser import RefinedDenoiser, post_cfg
     from .diffusion_discriminator import DiffusionDiscriminator
     from .discriminator import Discriminator
@@ -29,13 +33,20 @@ if TYPE_CHECKING:
     from .guidance import guided_score, guided_step, philox_normal
     from .guide import Guide, VPSchedule
     from .latent import LatentFlow, LatentLangevin, latent_flow, latent_langevin
+    from .local_complexity import LocalComplexity, rademacher_local
     from .modular import DiscriminatorGuidance
+    from .neural_complexity import rademacher_neural
+    from .norm_bound_search import NormBoundSearch, suggest_norm_bound
+    from .norm_bounds import rademacher_norm_bounds
+    from .rkhs import rademacher_rkhs
     from .schedulers import wrap_scheduler
 
 __version__: str = _C.build_info()["version"]
 
 # Training needs torch.nn and torch.optim, which `import torch` alone has not paid for; they come at first use.
 _LAZY = {
+    "RefinementCertificate": "certificate_result",
+    "refinement_certificate": "certificate",
     "RefinedDenoiser": "denoiser",
     "post_cfg": "denoiser",
     "DiffusionDiscriminator": "diffusion_discriminator",
@@ -52,7 +63,14 @@ _LAZY = {
     "LatentLangevin": "latent",
     "latent_flow": "latent",
     "latent_langevin": "latent",
+    "LocalComplexity": "local_complexity",
+    "rademacher_local": "local_complexity",
     "DiscriminatorGuidance": "modular",
+    "rademacher_neural": "neural_complexity",
+    "rademacher_norm_bounds": "norm_bounds",
+    "rademacher_rkhs": "rkhs",
+    "NormBoundSearch": "norm_bound_search",
+    "suggest_norm_bound": "norm_bound_search",
     "wrap_scheduler": "schedulers",
 }
 
@@ -61,11 +79,15 @@ __all__ = [
     "DiffusionDiscriminator",
     "Discriminator",
     "DiscriminatorGuidance",
+    "Estimate",
     "Guide",
     "LatentFlow",
     "LatentLangevin",
+    "LocalComplexity",
     "Metropolis",
+    "NormBoundSearch",
     "RefinedDenoiser",
+    "RefinementCertificate",
     "Rejection",
     "VPSchedule",
     "density_ratio",
@@ -80,9 +102,18 @@ __all__ = [
     "metropolis",
     "philox_normal",
     "post_cfg",
+    "rademacher",
+    "rademacher_l1",
+    "rademacher_linear",
+    "rademacher_local",
+    "rademacher_neural",
+    "rademacher_norm_bounds",
+    "rademacher_rkhs",
+    "refinement_certificate",
     "rejection",
     "resample",
     "sample_edm",
+    "suggest_norm_bound",
     "variational_bound",
     "wrap_scheduler",
 ]

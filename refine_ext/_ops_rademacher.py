@@ -11,8 +11,7 @@ from . import _library  # noqa: F401  (the ops are registered by then)
 
 ops = torch.ops.refine_ext
 SUPREMA = ("largest", "magnitude", "norm")  # csrc/math/rademacher_problem.h Supremum
-_NORM = SUPREMA.index("norm")
-_BLOCK = 1024  # csrc/math/rademacher.h kSignBlock
+_LARGEST, _NORM = SUPREMA.index("largest"), SUPREMA.index("norm")
 _DRAWS = 64  # whose sums the gradient of a norm holds at once
 
 
@@ -40,6 +39,10 @@ def _(like, n, draws, first_row, first_draw, seed, normal):
     return like.new_empty((draws, n))
 
 
+def _column(index: Tensor) -> Tensor:
+    return torch.where(index < 0, -1 - index, index)
+
+
 # ---- The supremum's gradient, by the envelope theorem, is its maximiser's: linear in what comes from above.
 
 
@@ -55,7 +58,9 @@ def _backward(ctx: Any, grad: Tensor, *_: Any):
     if ctx.supremum == _NORM:
         result = _norm_backward(grad, outputs, suprema, ctx.first_draw, ctx.seed)
     else:
-        result = ops.rademacher_backward(grad, index, outputs, ctx.first_draw, ctx.seed)
+        # A magnitude falls where a negative sum grows; a largest sum is itself, negative or not.
+        signed = _column(index) if ctx.supremum == _LARGEST else index
+        result = ops.rademacher_backward(grad, signed, outputs, ctx.first_draw, ctx.seed)
     return result, None, None, None, None, None
 
 
@@ -64,11 +69,12 @@ def _norm_backward(grad: Tensor, outputs: Tensor, suprema: Tensor, first_draw: i
     n = outputs.shape[0]
     like = outputs if outputs.dtype == torch.float64 else outputs.float()
     result = torch.zeros_like(like)
-    for first in range(0, len(grad), _DRAWS):
-        part = slice(first, first + _DRAWS)
-        scale = torch.where(suprema[part] > 0, grad[part] / (suprema[part] * float(n) ** 2), 0.0).to(like.dtype)
-        signs = ops.multipliers(like, n, len(scale), 0, first_draw + first, seed, False)
-        result = result + signs.T @ ((signs @ like) * scale[:, None])
+    with torch.autocast(outputs.device.type, enabled=False):
+        for first in range(0, len(grad), _DRAWS):
+            part = slice(first, first + _DRAWS)
+            scale = torch.where(suprema[part] > 0, grad[part] / (suprema[part] * float(n) ** 2), 0.0).to(like.dtype)
+            signs = ops.multipliers(like, n, len(scale), 0, first_draw + first, seed, False)
+            result = result + signs.T @ ((signs @ like) * scale[:, None])
     return result.to(outputs.dtype)
 
 
@@ -83,7 +89,7 @@ def _gather_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _gather_backward(ctx: Any, grad: Tensor):
     (index,) = ctx.saved_tensors
-    column = torch.where(index < 0, -1 - index, index)
+    column = _column(index)
     parts = []
     for first in range(0, len(index), _DRAWS):
         part = slice(first, first + _DRAWS)

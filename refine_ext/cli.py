@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import signal
 import sys
 import time
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .console import EXIT_REFUSED, Size, Temperature, reporting_errors, terminate
+from .cli_rademacher import rademacher
+from .console import EXIT_REFUSED, AutoOrNumber, Size, reporting_errors, terminate
 
 if TYPE_CHECKING:
     from .io import RowSource
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 @click.version_option(__version__, prog_name="refine-ext")
 def main() -> None:
     """Refine any generative model from its samples."""
+
+
+main.add_command(rademacher)
 
 
 @main.command()
@@ -57,7 +62,7 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--temperature",
-    type=Temperature(),
+    type=AutoOrNumber(0.0, 1.0),
     default="auto",
     help="Strength of the refinement; `auto` chooses it on held-out samples. [default: auto]",
 )
@@ -65,6 +70,26 @@ def main() -> None:
 @click.option("--save-discriminator", metavar="FILE", help="Save the discriminator (.safetensors).")
 @click.option("--held-out", metavar="FILE", help="Real samples to judge by. [default: a fifth of --real]")
 @click.option("--report", metavar="PNG", help="Draw a picture; the figures go beside it as .json.")
+@click.option(
+    "--certificate",
+    is_flag=True,
+    help="Bound how far the sample can be from the data, by the held-out real samples: they must be unknown to the "
+    "generator and the discriminator.",
+)
+@click.option(
+    "--norm-bound",
+    type=AutoOrNumber(0.0, math.inf, open_below=True),
+    default="auto",
+    help="Of --certificate: size B of the class of functions; `auto` takes the one that proves the most. "
+    "[default: auto]",
+)
+@click.option(
+    "--delta",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Of --certificate: the chance that it does not hold.",
+)
 @click.option("--memory", type=Size(), default="1GiB", show_default=True, help="Most memory the data may use.")
 @click.option(
     "--train-rows",

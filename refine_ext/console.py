@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -26,10 +27,26 @@ class Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
-class Temperature(click.ParamType):
-    """`auto`, or a number from 0 to 1."""
+class Draws(click.ParamType):
+    """`all`, or a positive number."""
 
-    name = "auto|0..1"
+    name = "integer|all"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        if value == "all" or (isinstance(value, int) and value > 0):
+            return value
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither `all` nor a positive number", param, ctx)
+        return int(value)
+
+
+class AutoOrNumber(click.ParamType):
+    """`auto`, which becomes None, or a number in a range."""
+
+    def __init__(self, low: float, high: float, *, open_below: bool = False) -> None:
+        self.low, self.high, self.open_below = low, high, open_below
+        self.range = f"a number from {low:g} to {high:g}" if high < math.inf else f"a number above {low:g}"
+        self.name = f"auto|{low:g}..{high:g}" if high < math.inf else "auto|number"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float | None:
         if value is None or value == "auto":
@@ -37,9 +54,10 @@ class Temperature(click.ParamType):
         try:
             number = float(value)
         except ValueError:
-            number = -1.0
-        if not 0.0 <= number <= 1.0:
-            self.fail(f"{value!r} is neither `auto` nor a number from 0 to 1", param, ctx)
+            number = math.nan
+        above = number > self.low if self.open_below else number >= self.low
+        if not (above and number <= self.high and math.isfinite(number)):
+            self.fail(f"{value!r} is neither `auto` nor {self.range}", param, ctx)
         return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,39 +148,71 @@ class Discriminator(nn.Module):
             TypeError: not an array or tensor, or an unsupported dtype.
             ValueError: the trailing shape is not the trained one.
         """
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            self._check_shape("Discriminator.log_ratio", x)
+            return self._tempered(self(x.to(self.reference.device)))
+        parts = self._in_batches("Discriminator.log_ratio", x, batch_size, lambda block: self._tempered(self(block)))
+        return torch.cat(parts) if parts else self.reference.new_zeros(0)
+
+    def features(self, x: Any, *, batch_size: int | None = None) -> Tensor:
+        """What the network's last, linear layer sees: random Fourier features, or the last hidden layer.
+
+        Args:
+            x: ``[n, ...]`` array or tensor with the trained trailing shape, floating or uint8; read in batches.
+            batch_size: samples a batch; by default what keeps a batch near 16 MB.
+
+        Returns:
+            ``[n, d]`` on the discriminator's device, without a gradient.
+
+        Raises:
+            TypeError: not an array or tensor, or an unsupported dtype.
+            ValueError: a module of the caller's own; a trailing shape that is not the trained one.
+        """
+        name = "Discriminator.features"
+        if not isinstance(self.network, (MLP, LinearOnFeatures)):
+            raise ValueError(
+                f"{name}: only model='mlp' and 'linear' have features known to us, this is {self.architecture.model}; "
+                "evaluate your module's own"
+            )
+        parts = self._in_batches(name, x, batch_size, self.network.features)
+        return (
+            torch.cat(parts) if parts else self.network.features(self.reference.new_zeros(0, *self.architecture.shape))
+        )
+
+    def _check_shape(self, name: str, x: Any) -> None:
         shape = tuple(x.shape[1:]) if hasattr(x, "shape") else None
         if shape == () and self.architecture.shape == (1,):
             shape = (1,)
-        if shape is not None and shape != self.architecture.shape:
+        if shape is None:
+            as_tensor(x, function=name, argument="x")
+        elif shape != self.architecture.shape:
             raise ValueError(
-                "Discriminator.log_ratio: x must be [n, "
-                f"{', '.join(map(str, self.architecture.shape))}] as trained, "
-                f"got {list(x.shape)}"
+                f"{name}: x must be [n, {', '.join(map(str, self.architecture.shape))}] as trained, got {list(x.shape)}"
             )
+
+    def _in_batches(
+        self, name: str, x: Any, batch_size: int | None, function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """The function of each batch of samples, in evaluation mode and without gradients."""
+        self._check_shape(name, x)
         if batch_size is None:
             batch_size = max(1, (4 << 20) // max(1, math.prod(self.architecture.shape)))
         elif batch_size < 1:
-            raise ValueError(f"Discriminator.log_ratio: batch_size must be at least 1, got {batch_size}")
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            return self._tempered(self(x.to(self.reference.device)))
-        if shape is None or len(x) == 0:
-            as_tensor(x, function="Discriminator.log_ratio", argument="x")
-            return self.reference.new_zeros(0)
+            raise ValueError(f"{name}: batch_size must be at least 1, got {batch_size}")
+        if len(x) == 0:
+            as_tensor(x, function=name, argument="x")
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                parts = []
-                for start in range(0, len(x), batch_size):
-                    block = as_tensor(
-                        x[start : start + batch_size],
-                        function="Discriminator.log_ratio",
-                        argument="x",
+                return [
+                    function(
+                        as_tensor(x[start : start + batch_size], function=name, argument="x").to(self.reference.device)
                     )
-                    parts.append(self._tempered(self(block.to(self.reference.device))))
+                    for start in range(0, len(x), batch_size)
+                ]
         finally:
             self.train(training)
-        return torch.cat(parts)
 
     def _tempered(self, output: Tensor) -> Tensor:
         if self.temperature == 0.0:

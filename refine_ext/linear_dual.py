@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class LinearDual:
     """A solved linear dual and its certificate.
 
     Attributes:
-        weight: ``[d]`` float64, ``||weight|| <= norm_bound``.
+        weight: ``[d]`` float64, ``||weight|| <= norm_bound``: the Euclidean norm, for `solve_hull_dual` the sum of
+            the magnitudes.
         intercept: added to the output (0 for the tight objective, which has its own shift).
         value: the objective at ``weight``, nats.
         gap: a proven bound on how far ``value`` is below the optimum, nats.
@@ -104,60 +105,72 @@ def solve_linear_dual(
     >>> round(float(solve_linear_dual(real, fake, norm_bound=0.5).weight[0]), 6)
     0.5
     """
-    if features_real.ndim != 2 or features_fake.ndim != 2:
-        raise ValueError(
-            "solve_linear_dual: features must be [n, d], got "
-            f"{list(features_real.shape)} and {list(features_fake.shape)}"
-        )
-    if features_real.shape[1] != features_fake.shape[1] or 0 in features_fake.shape:
-        raise ValueError(
-            "solve_linear_dual: features_real and features_fake must be non-empty and have the "
-            f"same width, got {list(features_real.shape)} and {list(features_fake.shape)}"
-        )
-    if len(features_real) == 0:
-        raise ValueError("solve_linear_dual: features_real is empty")
-    if not (norm_bound > 0.0 and math.isfinite(norm_bound)):
-        raise ValueError(f"solve_linear_dual: norm_bound must be positive and finite, got {norm_bound}")
+    real, fake = check_dual("solve_linear_dual", features_real, features_fake, norm_bound)
     if objective not in ("tight", "loose", "logistic"):
         raise ValueError(f"solve_linear_dual: objective must be 'tight', 'loose' or 'logistic', got {objective!r}")
-    real, fake = features_real.detach().double(), features_fake.detach().double()
-    if objective == "logistic":
-        problem: _Logistic | _Tight = _Logistic(real, fake)
-    else:
-        problem = _Tight(real, fake, divergence)
+    problem: Tight | _Logistic = _Logistic(real, fake) if objective == "logistic" else Tight(real, fake, divergence)
     if initial is None:
         weight = real.new_zeros(real.shape[1])
     else:
         weight = initial.detach().to(real)
         weight = weight * min(1.0, norm_bound / max(float(weight.norm()), 1e-300))
-    return _maximise(problem, weight, norm_bound, tolerance, max_iterations)
+    return maximise(problem, weight, _Euclidean(norm_bound), tolerance, max_iterations)
 
 
-def _maximise(problem: _Tight | _Logistic, weight: Tensor, radius: float, tolerance: float, limit: int) -> LinearDual:
+def check_dual(function: str, real: Tensor, fake: Tensor, norm_bound: float) -> tuple[Tensor, Tensor]:
+    """Both sets of features in float64, of which there are some of equal width; the norm bound is a positive number."""
+    if real.ndim != 2 or fake.ndim != 2:
+        raise ValueError(f"{function}: features must be [n, d], got {list(real.shape)} and {list(fake.shape)}")
+    if real.shape[1] != fake.shape[1] or 0 in fake.shape:
+        raise ValueError(
+            f"{function}: features_real and features_fake must be non-empty and have the "
+            f"same width, got {list(real.shape)} and {list(fake.shape)}"
+        )
+    if len(real) == 0:
+        raise ValueError(f"{function}: features_real is empty")
+    if not (norm_bound > 0.0 and math.isfinite(norm_bound)):
+        raise ValueError(f"{function}: norm_bound must be positive and finite, got {norm_bound}")
+    return real.detach().double(), fake.detach().double()
+
+
+class Ball(Protocol):
+    """The set of allowed weights, as far as `maximise` needs to know it."""
+
+    radius: float
+
+    def gap(self, gradient: Tensor, weight: Tensor) -> float:
+        """max over the ball of ``<g, v - w>``, which bounds ``max J - J(w)`` for a concave J (Frank and Wolfe)."""
+
+    def target(self, problem: Any, model: _Model, weight: Tensor) -> Tensor:
+        """The maximiser of the quadratic model over the ball, or over a part of it that w and an ascent lie in."""
+
+
+def maximise(problem: Tight | _Logistic, weight: Tensor, ball: Ball, tolerance: float, limit: int) -> LinearDual:
+    """Newton steps to the maximiser of the model in the ball, with a search along each segment, down to the gap."""
     model = problem.model(weight)
-    gap, iteration = _gap(model.gradient, weight, radius), 0
+    gap, iteration = ball.gap(model.gradient, weight), 0
     while gap > tolerance * max(1.0, abs(model.value)) and iteration < limit:
         iteration += 1
-        target = _ball_step(problem.hessian(model), model.gradient, weight, radius)
+        target = ball.target(problem, model, weight)
         slope = float(model.gradient @ (target - weight))
-        if slope <= 0.0:
+        # Near the optimum the rise is below the rounding of the value: then the gap decides.
+        rounding = 1e-14 * max(1.0, abs(model.value))
+        if slope <= -10 * rounding:
             break
         candidate, step = None, 1.0
         while step > 1e-12:
             point = weight + step * (target - weight)
             trial = problem.model(point)
-            # Near the optimum the rise is below the rounding of the value: then the gap decides.
-            rounding = 1e-14 * max(1.0, abs(model.value))
-            rises = trial.value >= model.value + 1e-4 * step * slope
+            rises = slope > 0.0 and trial.value >= model.value + 1e-4 * step * slope
             flat = step * slope < 10 * rounding and trial.value >= model.value - rounding
-            if rises or (flat and _gap(trial.gradient, point, radius) < gap):
+            if rises or (flat and ball.gap(trial.gradient, point) < gap):
                 candidate = (point, trial)
                 break
             step *= 0.5
         if candidate is None:
             break
         weight, model = candidate
-        gap = _gap(model.gradient, weight, radius)
+        gap = ball.gap(model.gradient, weight)
     return LinearDual(
         weight=weight,
         intercept=model.intercept,
@@ -165,12 +178,19 @@ def _maximise(problem: _Tight | _Logistic, weight: Tensor, radius: float, tolera
         gap=gap,
         converged=gap <= tolerance * max(1.0, abs(model.value)),
         iterations=iteration,
-        norm_bound=radius,
+        norm_bound=ball.radius,
     )
 
 
-def _gap(gradient: Tensor, weight: Tensor, radius: float) -> float:
-    return max(0.0, float(radius * gradient.norm() - gradient @ weight))
+@dataclass
+class _Euclidean:
+    radius: float
+
+    def gap(self, gradient: Tensor, weight: Tensor) -> float:
+        return max(0.0, float(self.radius * gradient.norm() - gradient @ weight))
+
+    def target(self, problem: Tight | _Logistic, model: _Model, weight: Tensor) -> Tensor:
+        return _ball_step(problem.hessian(model), model.gradient, weight, self.radius)
 
 
 def _ball_step(hessian: Tensor, gradient: Tensor, weight: Tensor, radius: float) -> Tensor:
@@ -210,16 +230,16 @@ def _ball_step(hessian: Tensor, gradient: Tensor, weight: Tensor, radius: float)
     return target * (radius / float(target.norm()))
 
 
-def _weighted_gram(features: Tensor, weights: Tensor) -> Tensor:
+def _weighted_gram(features: Tensor, weights: Tensor, centre: Tensor | float = 0.0) -> Tensor:
     width = features.shape[1]
     gram = features.new_zeros(width, width)
     for start in range(0, len(features), _BLOCK):
-        rows = features[start : start + _BLOCK]
+        rows = features[start : start + _BLOCK] - centre
         gram += rows.T @ (rows * weights[start : start + _BLOCK, None])
     return gram
 
 
-class _Tight:
+class Tight:
     """``E_real h - min_nu {nu + E_fake f*(h - nu)}`` with its first two derivatives.
 
     With ``r = (f*)'(h - nu)``: ``grad = E_real phi - E_fake[r phi]`` (envelope theorem), and
@@ -244,11 +264,11 @@ class _Tight:
         count = len(ratio)
         return _Model(value, self.mean_real - ratio @ self.fake / count, curvature / count)
 
-    def hessian(self, model: _Model) -> Tensor:
+    def hessian(self, model: _Model, columns: Tensor | None = None) -> Tensor:
+        fake = self.fake if columns is None else self.fake[:, columns]
         weights = model.curvature_fake
-        mass = weights.sum()
-        mean = weights @ self.fake / mass.clamp_min(1e-300)
-        return _weighted_gram(self.fake, weights) - mass * torch.outer(mean, mean)
+        # Centred before it is squared: an offset that all samples share would cancel.
+        return _weighted_gram(fake, weights, weights @ fake / weights.sum().clamp_min(1e-300))
 
 
 class _Logistic:

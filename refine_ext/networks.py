@@ -70,6 +70,11 @@ class MLP(nn.Module):
             width = size
         self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
+    def features(self, x: Tensor) -> Tensor:
+        """``[n, d]`` the last hidden layer of a batch, which the output is linear in."""
+        hidden: Tensor = self.layers[:-1](self.standardise(x))
+        return hidden
+
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.layers(self.standardise(x)).squeeze(1)
         return output

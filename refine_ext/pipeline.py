@@ -33,11 +33,13 @@ from .judging import (
     take,
 )
 from .output import check_output, create_rows
+from .pipeline_certificate import certificate_rows, certify_job
 from .threads import at_most_threads
 
 if TYPE_CHECKING:
     from .discriminator import Discriminator
     from .measures import TwoSample
+    from .pipeline_certificate import JobCertificate
 
 METHODS = ("resample", "rejection", "metropolis", "weights")
 MINIMUM_ROWS = 40  # fewer leave nothing to hold out after the fit's own split
@@ -72,6 +74,9 @@ class RefineOptions:
     judge_rows: int = 2000
     device: str | None = None
     force: bool = False
+    certificate: bool = False
+    norm_bound: float | None = None
+    delta: float = 0.05
     progress: bool = True
 
 
@@ -100,6 +105,7 @@ class Refined:
     before: TwoSample | None = None
     after: TwoSample | None = None
     samples: Samples | None = None
+    certificate: JobCertificate | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +125,7 @@ class Refined:
             "before": None if self.before is None else self.before.to_dict(),
             "after": None if self.after is None else self.after.to_dict(),
             "fit": self.fit,
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
             "notes": self.notes,
         }
 
@@ -247,7 +254,7 @@ def refine(
         discriminator: a fitted one; nothing is trained, and `divergence`, `objective` and `model`
             are not used.
         held_out: real rows to judge by; without them a share `options.holdout` of `real` is kept
-            out of the fit.
+            out of the fit. The certificate is by the same rows.
 
     Returns:
         `Refined`. Where reweighting cannot help, `refinable` is False and `indices` None (unless
@@ -281,13 +288,15 @@ def refine(
     plan = _plan_memory(real, generated, options, loaded)
     generator = np.random.default_rng(options.seed)
 
-    held = 0 if held_out is not None else min(plan.judge_rows, int(options.holdout * len(real)))
+    most_held = max(plan.judge_rows, certificate_rows(options)) if options.certificate else plan.judge_rows
+    held = 0 if held_out is not None else min(most_held, int(options.holdout * len(real)))
     real_rows = random_rows(generator, len(real), held + plan.train_rows)
     fake_rows = random_rows(generator, len(generated), plan.train_rows)
     judges, judge_rows = real, real_rows[:held]
     if held_out is not None:
-        judges, judge_rows = held_out, random_rows(generator, len(held_out), plan.judge_rows)
+        judges, judge_rows = held_out, random_rows(generator, len(held_out), most_held)
     held_real = take(judges, judge_rows, plan.block_rows)
+    judged = held_real[: plan.judge_rows]
     if discriminator is None:
         discriminator = _fit(
             take(real, real_rows[held:], plan.block_rows),
@@ -323,11 +332,11 @@ def refine(
     if refined.refinable or options.force:
         refined.indices, notes = _choose_rows(refined.log_ratio, options)
         refined.notes += notes
-        if len(held_real) < MINIMUM_JUDGED:
+        if len(judged) < MINIMUM_JUDGED:
             refined.notes.append("too few held-out real rows to judge the result by")
         else:
             refined.before, refined.after, refined.samples = judge_samples(
-                held_real,
+                judged,
                 generated,
                 refined.weights,
                 refined.indices,
@@ -335,9 +344,23 @@ def refine(
                 generator=generator,
                 seed=options.seed,
             )
-    elif len(held_real):
-        rows = random_rows(generator, len(generated), len(held_real))
-        refined.samples = show_samples(held_real, generated, refined.weights, rows, None, plan.block_rows)
+    elif len(judged):
+        rows = random_rows(generator, len(generated), len(judged))
+        refined.samples = show_samples(judged, generated, refined.weights, rows, None, plan.block_rows)
+    if options.certificate:
+        if len(held_real) < MINIMUM_JUDGED:
+            refined.notes.append("too few held-out real rows for a certificate")
+        else:
+            refined.certificate = certify_job(
+                discriminator,
+                held_real,
+                generated,
+                options,
+                indices=refined.indices,
+                weights=refined.weights if options.method == "weights" else None,
+                block_rows=plan.block_rows,
+                batch_rows=plan.batch_rows,
+            )
     return refined
 
 

@@ -152,7 +152,7 @@ def draw_log_ratios(axes: Axes, groups: Sequence[tuple[str, np.ndarray, str]]) -
     axes.set_xlabel("log r (nats)")
     axes.set_yticks([])
     axes.legend(frameon=False, fontsize=9)
-    _bare(axes)
+    bare(axes)
 
 
 def draw_weights(axes: Axes, weights: np.ndarray, ess: float) -> None:
@@ -169,7 +169,7 @@ def draw_weights(axes: Axes, weights: np.ndarray, ess: float) -> None:
     axes.set_title(f"effective samples {ess:.0f} of {len(weights)} ({ess / len(weights):.0%})", fontsize=10)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.01)
-    _bare(axes)
+    bare(axes)
 
 
 def draw_measure(
@@ -214,10 +214,10 @@ def draw_measure(
     axes.set_title(f"{title}\n", fontsize=11, fontweight="bold")
     axes.text(0.5, 1.03, direction, transform=axes.transAxes, ha="center", fontsize=9, color="0.4")
     axes.margins(y=0.28)
-    _bare(axes)
+    bare(axes)
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -253,10 +253,11 @@ def _draw_samples(figure: Any, grid: Any, samples: Samples, verdict: str) -> Non
 
 
 def draw_refined(refined: Refined, title: str) -> Figure:
-    """The picture of one refine job: samples, log-ratios, weights, and the held-out measures."""
-    figure = new_figure(19, 8.6, title)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.0, 0.95])
-    upper, lower = parts
+    """The picture of one refine job: samples, log-ratios, weights, the held-out measures, and its certificate."""
+    heights = [1.0, 0.95] if refined.certificate is None else [1.0, 0.95, 0.8]
+    figure = new_figure(19, 4.4 * sum(heights), title)
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    upper, lower = parts[:2]
     if refined.samples is not None:
         _draw_samples(upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples, refined.verdict)
     names = measured(refined.before, refined.after) if refined.before and refined.after else []
@@ -269,4 +270,8 @@ def draw_refined(refined: Refined, title: str) -> Figure:
     for column, name in enumerate(names):
         values = [getattr(sample, name) for sample in (refined.before, refined.after)]
         draw_measure(lower.add_subplot(grid[0, 2 + column]), name, values[:1], values[1:])
+    if refined.certificate is not None:
+        from .certificate_figure import draw_job
+
+        draw_job(parts[2], refined.certificate)
     return figure

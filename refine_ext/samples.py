@@ -22,10 +22,11 @@ def as_tensor(x: Any, *, function: str, argument: str) -> Tensor:
     if isinstance(x, Tensor):
         tensor = x.detach()
     elif isinstance(x, np.ndarray):
-        if x.dtype != np.uint8 and x.dtype not in (np.float16, np.float32, np.float64):
+        dtype = x.dtype.newbyteorder("=")
+        if dtype not in (np.uint8, np.float16, np.float32, np.float64):
             raise TypeError(f"{function}: {argument} must be floating or uint8, got a NumPy {x.dtype} array")
         # asarray also undoes foreign byte orders; read-only maps are copied by torch's rules.
-        native = np.asarray(x, dtype=x.dtype.newbyteorder("="))
+        native = np.asarray(x, dtype=dtype)
         if not native.flags.writeable or any(s < 0 for s in native.strides):
             native = native.copy()
         tensor = torch.from_numpy(native)

@@ -58,6 +58,8 @@ def summary(refined: Refined) -> str:
         f"k-hat {refined.khat:.2f}"
     )
     lines += _measure_lines(refined)
+    if refined.certificate is not None:
+        lines += refined.certificate.lines()
     if refined.verdict and refined.refinable:
         lines.append(f"{'verdict':<12} {refined.verdict}")
     lines += [f"{'note':<12} {note}" for note in refined.notes]

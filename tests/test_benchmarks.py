@@ -130,7 +130,7 @@ def test_a_failing_contender_costs_its_own_time_only(on_cpu):
 def test_interleaved_counts_calls_and_turns(monkeypatch):
     """On a clock that only contenders move: medians are per call, one call in a turn's beginning is not timed."""
     now = [0.0]
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: now[0]))
     runs = dict.fromkeys(("one", "ten", "slow", "cold"), 0)
 
     def contender(name, seconds):

@@ -149,6 +149,29 @@ def test_nan_and_infinity_pass(device):
     assert guided_step(x, u, [1.0, math.nan])[2].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_results_are_float32_results_rounded(dtype, device):
+    """Bit for bit, on every number there is: many results lie halfway between two, overflow, or are NaN."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(4, -1)
+    for c in ([1.0], [1.0, 2.0**-8], [1.0, -(2.0**-11)], [0.75, 0.5], [1.0, 2.0**-8, 0.0625]):
+        u = [x] if len(c) > 1 else []
+        seed = 3 if len(c) > 2 else None
+        got = guided_step(x, u, c, seed=seed)
+        want = guided_step(x.float(), [t.float() for t in u], c, seed=seed).to(dtype)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), c
+
+
+@pytest.mark.parametrize("state", ROUNDING, ids=str)
+@pytest.mark.parametrize("n", [5, 400])
+def test_a_coefficient_of_nan_whatever_its_bits(state, n, device):
+    """All of them set: rounding the last ones up would make a number of it."""
+    x = torch.ones(2, n, dtype=state)
+    table = torch.tensor([2**63 - 1, -1], dtype=torch.int64).view(torch.float64)
+    for c in (table, table[:1]):
+        got = guided_step(x, [x] if len(c) > 1 else [], c)
+        assert got.isnan().all()
+
+
 @pytest.mark.parametrize("state", ROUNDING, ids=str)
 @pytest.mark.parametrize("n", [1, 3, 15, 63, 64, 65, 200, 12_288])
 def test_layouts(state, n, device):

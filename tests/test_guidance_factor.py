@@ -111,6 +111,20 @@ def test_scales_and_limits(name, kind, device):
     )
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sample_does_not_depend_on_its_batch(name, device):
+    """Bit for bit, at any place of any batch."""
+    h = torch.tensor(in_domain(name, 19))
+    weight, sigma, shift = torch.rand(19), torch.rand(19, dtype=torch.float64), torch.rand(19).half()
+    for flow in (False, True):
+        options = {"divergence": name, "parametrization": "velocity", "flow": flow, "sigma_min": 0.2}
+        want = guidance_factor(h, shift=shift, weight=weight, sigma=sigma, **options)
+        for size in (1, 3, 8):
+            parts = zip(*(t.split(size) for t in (h, shift, weight, sigma)), strict=True)
+            got = [guidance_factor(a, shift=b, weight=c, sigma=d, **options) for a, b, c, d in parts]
+            assert torch.equal(torch.cat(got).nan_to_num(9.0), want.nan_to_num(9.0))
+
+
 def test_half_values_are_read_as_they_are(device):
     """Every finite float16 and bfloat16, as the weight of a factor of one."""
     for dtype in (torch.float16, torch.bfloat16):

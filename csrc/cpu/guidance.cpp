@@ -3,6 +3,7 @@
 #include "guidance.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -10,17 +11,19 @@
 namespace refine_ext {
 
 REFINE_EXT_KERNEL_TABLE(GuidanceKernels, guidance_kernels)
+REFINE_EXT_KERNEL_TABLE(GuidanceFactorKernels, guidance_factor_kernels)
 
 namespace {
 
-constexpr int64_t kChunk = 128 * kStepBlock;  // elements of one task
+constexpr int64_t kChunk = 32 * kStepBlock;  // elements of one task
 // Below this waking a thread costs more than it saves.
 constexpr int64_t kGrain = 32768, kGrainNoisy = 16384, kGrainShort = 8192;
 constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs beyond this do not stay in cache anyway
 constexpr uintptr_t kVectorAlignment = 64;
 
-// In the type of the arithmetic.
+// In the type of the arithmetic. NaN without a payload, which rounding to half precision might carry on.
 double rounded(double coefficient, Storage state) {
+  if (coefficient != coefficient) return std::numeric_limits<double>::quiet_NaN();
   return state == Storage::float64 ? coefficient : static_cast<float>(coefficient);
 }
 
@@ -99,9 +102,9 @@ void guided_step_cpu(const GuidedStepProblem& given) {
 }
 
 void guidance_factor_cpu(const GuidanceFactorProblem& problem) {
-  parallel_for(0, problem.rows, 4096, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) problem.out[row] = guidance_factor(problem, row);
-  });
+  const auto& kernels = guidance_factor_kernels_table();
+  parallel_for(0, problem.rows, 16384,
+               [&](int64_t first, int64_t last) { kernels.factors(problem, first, last); });
 }
 
 }  // namespace refine_ext

@@ -26,7 +26,7 @@ struct StepRange {
   int64_t begin, end;
   bool stream;  // write past the caches; out + begin is aligned to a vector
 };
-inline constexpr int64_t kStepBlock = 64;
+inline constexpr int64_t kStepBlock = 256;
 
 // Samples of up to so many elements, contiguous in every tensor, are stepped side by side.
 inline constexpr int64_t kShortSample = 32;
@@ -35,6 +35,11 @@ struct GuidanceKernels {
   void (*step)(const StepRange&);
   // Samples [first, last) of at most kShortSample elements.
   void (*short_samples)(const GuidedStepProblem&, int64_t first, int64_t last);
+};
+
+struct GuidanceFactorKernels {
+  // Of samples [first, last).
+  void (*factors)(const GuidanceFactorProblem&, int64_t first, int64_t last);
 };
 
 void guided_step_cpu(const GuidedStepProblem&);

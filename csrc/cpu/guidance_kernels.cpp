@@ -6,26 +6,45 @@
 namespace refine_ext::REFINE_EXT_ISA {
 namespace {
 
-// One Philox vector's worth: 4 vectors.
-template <class S>
-struct Block {
-  static constexpr int kWidth = Vec<S>::kWidth, kElements = 4 * kWidth;
-  Vec<S> part[4];
+// Parts of the noise that are made side by side, or of the elements without: as many as registers hold, of
+// float64 fewer, since its steps wait for memory.
+template <class T, bool kNoisy>
+inline constexpr int kStepParts = sizeof(T) == 8 ? 2 : (kVectorBytes < 64 ? 2 : 4) * (kNoisy ? 1 : 2);
 
-  template <bool kFirst, class T>
-  REFINE_EXT_INLINE void add(Vec<S> coefficient, const void* data, int64_t at) {
-    const T* p = static_cast<const T*>(data) + at;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Vec<S> u = load_as<S>(p + j * kWidth);
-      part[j] = kFirst ? coefficient * u : coefficient * u + part[j];
+// The elements of kParts parts of the noise, pairs of vectors in the order of the state's storage T.
+template <class T, int kParts>
+struct Block {
+  using S = typename ComputeOf<T>::type;
+  using V = Vec<S>;
+  static constexpr int kWidth = V::kWidth, kElements = kParts * kNumbers, kVectors = kElements / kWidth;
+  static constexpr bool kEvenOdd = order_of<T> == Order::even_odd;
+  V part[kVectors];
+
+  // Of a tensor of another storage U; a state of half precision has none.
+  template <class U>
+  static REFINE_EXT_INLINE Pair<S> load_pair(const U* p) {
+    if constexpr (kEvenOdd) {
+      return load_even_odd(p);
+    } else {
+      return {load_as<S>(p), load_as<S>(p + kWidth)};
     }
   }
 
-  // The state's storage T first, which most terms have.
-  template <bool kFirst, class T>
+  template <bool kFirst, class U>
+  REFINE_EXT_INLINE void add(V coefficient, const void* data, int64_t at) {
+    const U* p = static_cast<const U*>(data) + at;
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; j += 2) {
+      const Pair<S> u = load_pair(p + j * kWidth);
+      part[j] = kFirst ? coefficient * u.first : coefficient * u.first + part[j];
+      part[j + 1] = kFirst ? coefficient * u.second : coefficient * u.second + part[j + 1];
+    }
+  }
+
+  // The state's storage first, which most terms have.
+  template <bool kFirst>
   REFINE_EXT_INLINE void add_term(const StepTerm& term, int64_t at) {
-    const Vec<S> coefficient = Vec<S>::splat(static_cast<S>(term.coefficient));
+    const V coefficient = V::splat(static_cast<S>(term.coefficient));
     if (term.storage == storage_tag<T>) return add<kFirst, T>(coefficient, term.data, at);
     if constexpr (sizeof(T) == 8) {
       add<kFirst, float>(coefficient, term.data, at);
@@ -38,11 +57,14 @@ struct Block {
     }
   }
 
-  template <class T>
   REFINE_EXT_INLINE void store(T* out, bool stream) const {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      if (stream) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; j += kEvenOdd ? 2 : 1) {
+      if constexpr (kEvenOdd) {
+        const V words = even_odd_words({part[j], part[j + 1]});
+        float* p = reinterpret_cast<float*>(out + j * kWidth);
+        stream ? words.stream(p) : words.store(p);
+      } else if (stream) {
         REFINE_EXT_ISA::stream(out + j * kWidth, part[j]);
       } else {
         REFINE_EXT_ISA::store(out + j * kWidth, part[j]);
@@ -51,23 +73,24 @@ struct Block {
   }
 };
 
-template <class T, bool kNoisy>
+template <class T, int kParts, bool kNoisy>
 REFINE_EXT_INLINE void step_block(const StepRange& range, const NoiseLanes& lanes, const StepTerm* terms,
                                   T* out, uint32_t block, int64_t at, bool stream) {
-  using S = typename ComputeOf<T>::type;
-  using V = Vec<S>;
-  Block<S> sum;
-  V z[4];
-  if constexpr (kNoisy) lanes.normals(block, z);
+  using B = Block<T, kParts>;
+  using V = typename B::V;
+  B sum;
+  V z[B::kVectors];
+  if constexpr (kNoisy) lanes.template normals<order_of<T>, kParts>(block, z);
   if (range.terms > 0) {
-    sum.template add_term<true, T>(terms[0], at);
+    sum.template add_term<true>(terms[0], at);
   } else {
     for (V& part : sum.part) part = V::splat(0);
   }
-  for (int k = 1; k < range.terms; ++k) sum.template add_term<false, T>(terms[k], at);
+  for (int k = 1; k < range.terms; ++k) sum.template add_term<false>(terms[k], at);
   if constexpr (kNoisy) {
-    const V noise = V::splat(static_cast<S>(range.noise));
-    for (int j = 0; j < 4; ++j) sum.part[j] = noise * z[j] + sum.part[j];
+    const V noise = V::splat(static_cast<typename B::S>(range.noise));
+#pragma GCC unroll 16
+    for (int j = 0; j < B::kVectors; ++j) sum.part[j] = noise * z[j] + sum.part[j];
   }
   sum.store(out + at, stream);
 }
@@ -76,27 +99,32 @@ template <class T, bool kNoisy>
 void step_range(const StepRange& argument) {
   const StepRange range = argument;  // which no store can change
   const NoiseLanes noise(range.sequence);
-  using S = typename ComputeOf<T>::type;
-  constexpr int64_t kElements = Block<S>::kElements;
+  constexpr int kParts = kStepParts<T, kNoisy>;
+  constexpr int64_t kElements = Block<T, kParts>::kElements, kSmall = Block<T, 1>::kElements;
   static_assert(kStepBlock % kElements == 0);
   T* out = static_cast<T*>(range.out);
   const auto block_of = [](int64_t at) { return static_cast<uint32_t>(at / 4); };
   int64_t at = range.begin;
   for (; at + kElements <= range.end; at += kElements) {
-    step_block<T, kNoisy>(range, noise, range.term, out, block_of(at), at, range.stream);
+    step_block<T, kParts, kNoisy>(range, noise, range.term, out, block_of(at), at, range.stream);
   }
-  if (const int64_t count = range.end - at; count > 0) {
+  for (; at < range.end; at += kSmall) {
+    const int64_t count = std::min(kSmall, range.end - at);
+    if (count == kSmall) {
+      step_block<T, 1, kNoisy>(range, noise, range.term, out, block_of(at), at, range.stream);
+      continue;
+    }
     // The last elements with others beside them, by the same arithmetic.
     StepTerm padded[kMostTerms + 1];
-    alignas(64) char lanes[kMostTerms + 1][kElements * sizeof(T)];
-    T result[kElements];
+    alignas(64) char lanes[kMostTerms + 1][kSmall * sizeof(T)];
+    alignas(64) T result[kSmall];
     for (int k = 0; k < range.terms; ++k) {
       const int64_t size = size_of(range.term[k].storage);
       std::memset(lanes[k], 0, sizeof lanes[k]);
       std::memcpy(lanes[k], static_cast<const char*>(range.term[k].data) + at * size, count * size);
       padded[k] = {lanes[k], range.term[k].storage, range.term[k].coefficient};
     }
-    step_block<T, kNoisy>(range, noise, padded, result, block_of(at), 0, false);
+    step_block<T, 1, kNoisy>(range, noise, padded, result, block_of(at), 0, false);
     std::memcpy(out + at, result, count * sizeof(T));
   }
   if (range.stream) stream_fence();
@@ -143,7 +171,7 @@ void step_short_samples(const GuidedStepProblem& problem, int64_t first, int64_t
   constexpr int kWidth = V::kWidth;
   constexpr int64_t kElements = 256;
   alignas(64) S coefficients[kMostTerms + 2][kElements + kWidth] = {};
-  alignas(64) S z[kElements + 4 * kWidth] = {};
+  alignas(64) S z[kElements + 2 * kNumbers] = {};
   const int64_t n = problem.n, blocks = (n + 3) / 4, group = kElements / (4 * blocks);
   const int columns = problem.terms + (problem.noisy ? 2 : 1);
   T* out = static_cast<T*>(problem.out);

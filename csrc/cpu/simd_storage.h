@@ -2,6 +2,8 @@
 // one.
 #pragma once
 
+#include <type_traits>
+
 #include "../math/density_ratio_problem.h"
 #include "simd.h"
 
@@ -52,10 +54,17 @@ REFINE_EXT_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p
 
 typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t UnalignedWords __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint16_t AllWords __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UnalignedUnsigned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 
 REFINE_EXT_INLINE Vec<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const Unsigned wide = (Unsigned)_mm512_cvtepu16_epi32(words);
+#else
   const Unsigned wide = __builtin_convertvector(*reinterpret_cast<const UnalignedWords*>(p), Unsigned);
+#endif
   return {(Vec<float>::Native)(wide << 16)};
 }
 
@@ -132,6 +141,35 @@ REFINE_EXT_INLINE void stream(T* p, Vec<float> x) {
 #else
   store(p, x);
 #endif
+}
+
+// How consecutive elements lie in a pair of vectors.
+enum class Order {
+  consecutive,
+  even_odd,  // even ones in the first: the halves of 32-bit words, which take no shuffles
+};
+template <class T>
+inline constexpr Order order_of = std::is_same_v<T, BFloat16> ? Order::even_odd : Order::consecutive;
+
+template <class S>
+struct Pair {
+  Vec<S> first, second;
+};
+
+REFINE_EXT_INLINE Pair<float> load_even_odd(const BFloat16* p) {
+  typedef Vec<float>::Native Native;
+  const Unsigned words = *reinterpret_cast<const UnalignedUnsigned*>(p);
+  return {{(Native)(words << 16)}, {(Native)(words & 0xffff0000u)}};
+}
+
+// Rounded to nearest even, as 32-bit words: up where the lower half is above 2^15, or that and the upper half
+// is odd. The lower half of a NaN is 0, as of any NaN that an operation makes or passes on from a bfloat16.
+REFINE_EXT_INLINE Vec<float> even_odd_words(const Pair<float>& x) {
+  const Unsigned even = (Unsigned)x.first.v, odd = (Unsigned)x.second.v;
+  const AllWords upper = (AllWords)(even >> 16 | (odd & 0xffff0000u));
+  const AllWords lower = (AllWords)((even & 0xffffu) | odd << 16);
+  const AllWords rounded = (lower | (upper & 1)) > 0x8000 ? upper + 1 : upper;
+  return {(Vec<float>::Native)rounded};
 }
 
 // S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many

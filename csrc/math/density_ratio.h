@@ -195,14 +195,24 @@ struct RatioEvaluator {
   }
 };
 
-// log r = log (f*)'(h - shift) of one output: NaN beyond the domain of f*.
+// log r = log (f*)'(h - shift) in float64: NaN beyond the domain of f*.
+template <Form kForm, class V>
+struct FixedLogRatio {
+  RatioEvaluator<kForm, V> evaluate;
+  V position;  // of the anchor for a shift of 0
+
+  REFINE_EXT_INLINE explicit FixedLogRatio(const Family& family)
+      : evaluate(family, fixed_anchor<double>(family, 0.0)),
+        position(Arithmetic<V>::splat(fixed_anchor<double>(family, 0.0).high)) {}
+
+  REFINE_EXT_INLINE V operator()(V h, V shift) const { return evaluate(position + shift - h).log_ratio; }
+};
+
 REFINE_EXT_INLINE double log_ratio_at(const Family& family, double h, double shift) {
-  const Anchor anchor = fixed_anchor<double>(family, shift);
-  const double d = (anchor.high - h) + anchor.low;
   switch (family.form) {
 #define REFINE_EXT_CASE(form) \
   case Form::form:            \
-    return RatioEvaluator<Form::form, double>(family, anchor)(d).log_ratio;
+    return FixedLogRatio<Form::form, double>(family)(h, shift);
     REFINE_EXT_CASE(exponential)
     REFINE_EXT_CASE(reciprocal)
     REFINE_EXT_CASE(inverse_square)

@@ -13,43 +13,63 @@ namespace refine_ext {
 
 // kappa = u f''(u) at u = 1/r, what multiplies grad log r in the gradient flow of D_f(model || data)
 // (Ansari, Ang and Soh 2021). c(r) = 1 / (r f''(r)), so that kappa = 1 / c(1/r).
-REFINE_EXT_INLINE double flow_factor(const Family& family, double log_ratio) {
-  return dual_slope(family, -log_ratio);
+template <class V>
+REFINE_EXT_INLINE V flow_factor(const Family& family, V log_ratio) {
+  return dual_slope(family, Arithmetic<V>::splat(0.0) - log_ratio);
 }
 
-// c(h - nu), or kappa; of a logit c is 1.
-REFINE_EXT_INLINE double gradient_factor(const GuidanceFactorProblem& problem, double h, double shift) {
-  if (problem.logit && !problem.flow) return h == h ? 1.0 : h;
-  const double log_ratio = problem.logit ? h - shift : log_ratio_at(problem.family, h, shift);
+// c(h - nu), or kappa; of a logit c is 1. log_ratio_of(h, shift) is log r of an output of the family's dual.
+template <class V, class LogRatio>
+REFINE_EXT_INLINE V gradient_factor(const GuidanceFactorProblem& problem, V h, V shift,
+                                    const LogRatio& log_ratio_of) {
+  using A = Arithmetic<V>;
+  if (problem.logit && !problem.flow) return A::select(h == h, A::splat(1.0), h);
+  const V log_ratio = problem.logit ? h - shift : log_ratio_of(h, shift);
   if (problem.flow) return flow_factor(problem.family, log_ratio);
+  const V factor = score_factor(problem.family, log_ratio);
   // Where r is clipped to zero it does not change with h.
-  if (problem.family.c < 0.0 && log_ratio == -std::numeric_limits<double>::infinity()) return 0.0;
-  return score_factor(problem.family, log_ratio);
+  const V lowest = A::splat(-std::numeric_limits<double>::infinity());
+  return problem.family.c < 0.0 ? A::select(log_ratio == lowest, A::splat(0.0), factor) : factor;
 }
+
+template <class V>
+struct SampleFactors {
+  V h, shift, weight, sigma, alpha;
+};
 
 // Exactly 0 without a weight and outside the range of noise levels, whatever h holds.
-REFINE_EXT_INLINE double guidance_factor(const GuidanceFactorProblem& problem, int64_t row) {
-  const double sigma = problem.sigma.at(row), alpha = problem.alpha.at(row);
-  double scale = problem.weight.at(row);
+template <class V, class LogRatio>
+REFINE_EXT_INLINE V guidance_factor(const GuidanceFactorProblem& problem, const SampleFactors<V>& sample,
+                                    const LogRatio& log_ratio_of) {
+  using A = Arithmetic<V>;
+  const V zero = A::splat(0.0), level = sample.sigma / sample.alpha;
+  V scale = sample.weight;
   switch (problem.parametrization) {
     case Parametrization::score:
       break;
     case Parametrization::noise:
-      scale *= -sigma;
+      scale = scale * (zero - sample.sigma);
       break;
     case Parametrization::denoised:
-      scale *= sigma * sigma / alpha;
+      scale = scale * (sample.sigma * sample.sigma / sample.alpha);
       break;
     case Parametrization::velocity:
-      scale *= -sigma / alpha;
+      scale = scale * (zero - level);
       break;
   }
   if (problem.has_sigma) {
-    const double level = sigma / alpha;
-    if (level < problem.sigma_min || level > problem.sigma_max) return 0.0;
+    scale = A::select(level < A::splat(problem.sigma_min), zero, scale);
+    scale = A::select(level > A::splat(problem.sigma_max), zero, scale);
   }
-  if (scale == 0.0) return 0.0;
-  return scale * gradient_factor(problem, problem.h.at(row), problem.shift.at(row));
+  const V factor = scale * gradient_factor(problem, sample.h, sample.shift, log_ratio_of);
+  return A::select(scale == zero, zero, factor);
+}
+
+REFINE_EXT_INLINE double guidance_factor(const GuidanceFactorProblem& problem, int64_t row) {
+  const SampleFactors<double> sample{problem.h.at(row), problem.shift.at(row), problem.weight.at(row),
+                                     problem.sigma.at(row), problem.alpha.at(row)};
+  return guidance_factor(problem, sample,
+                         [&](double h, double shift) { return log_ratio_at(problem.family, h, shift); });
 }
 
 }  // namespace refine_ext

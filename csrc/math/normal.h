@@ -96,7 +96,8 @@ REFINE_EXT_INLINE V squared_radius(Word w) {
     W::split(t, m, k);
     const V f = A::select(upper, t, m - one);
     const V minus_two_log1p = f * (f * horner(f, NormalTables<float>::log1p()) - A::splat(2.0));
-    return A::select(upper, zero, k) * A::splat(-1.38629436111989062) + minus_two_log1p;
+    // One product is left that the sum may take up: which one it is must not depend on the compiler's order.
+    return A::select(upper, zero, k * A::splat(-1.38629436111989062)) + minus_two_log1p;
   }
 }
 

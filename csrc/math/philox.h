@@ -41,13 +41,13 @@ inline constexpr int kPhiloxRounds = 10;
 
 // What each round adds to the key: golden ratio, sqrt(3) - 1.
 inline constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+inline constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 
 template <class Word, class Key>
 REFINE_EXT_INLINE PhiloxBlock<Word> philox_round(const PhiloxBlock<Word>& counter, Key key0, Key key1) {
-  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   Word high0, low0, high1, low1;
-  multiply_wide(counter.word[0], kMultiplier0, high0, low0);
-  multiply_wide(counter.word[2], kMultiplier1, high1, low1);
+  multiply_wide(counter.word[0], kPhiloxMultiplier0, high0, low0);
+  multiply_wide(counter.word[2], kPhiloxMultiplier1, high1, low1);
   return {{high1 ^ counter.word[1] ^ key0, low1, high0 ^ counter.word[3] ^ key1, low0}};
 }
 

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "../math/normal.h"
 #include "../math/rademacher_problem.h"
 #include "common.h"
 
@@ -111,6 +112,8 @@ inline MultipliersProblem multipliers_problem(const Tensor& out, int64_t first_r
                                               int64_t seed, bool normal, const char* op) {
   check_draws(out.size(0), first_draw, op);
   check_first_row(first_row, op);
+  require(!normal || first_row + out.size(1) <= kMostElements, op, ": a draw has at most 2^34 normals, got ",
+          first_row + out.size(1));
   return {out.size(1),
           out.size(0),
           static_cast<uint64_t>(first_draw),

@@ -1,0 +1,217 @@
+"""What a refined certificate knows: the terms of its bounds, the refined weights, the bounds of other samples."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .complexity_estimate import Estimate
+from .density_ratio import density_ratio
+from .samples import as_tensor, count_nonfinite
+
+
+@dataclass(eq=False, repr=False)
+class RefinementCertificate:
+    """A bound on IPM_H(P, refined sample) and every term of it. Made by `refinement_certificate`.
+
+    Attributes:
+        ipm_unrefined: B ‖E_real φ − E_fake φ‖, the IPM between the real sample and the generated one.
+        ipm_refined: the same with the refined weights.
+        divergence_value: D_f of the refined sample from the generated one, the average of f(r), nats.
+        divergence_at_one: f(1), the value where nothing is refined: 0, except −2 log 2 for `gan`.
+        dual_value: the maximum that the solver reached; divergence_value + ipm_refined − duality_gap.
+        duality_gap: proven bound on how far dual_value is below the true maximum.
+        complexity: `Estimate` of the empirical Rademacher complexity of H on the real sample.
+        complexity_term: twice the upper limit of the complexity, monte_carlo_term included.
+        monte_carlo_term: the part of complexity_term that more draws would take away.
+        confidence_term: 6 M sqrt(log(2 / confidence_delta) / (2n)).
+        confidence_delta, monte_carlo_delta: the chance that each of the two may fail; their sum is 1 − probability.
+        probability: with which all bounds hold together.
+        n, num_fake: numbers of real and of generated samples.
+        norm_bound: B.
+        function_bound: M, the largest |h(x)| over the class.
+        function_bound_known: whether M was given; else it is the largest seen.
+        trivial_bound: M + the largest |h| over the generated samples; what holds without any calculation.
+        divergence: the f-divergence's name.
+        hull: whether H is the hull of discriminators' outputs; else it is linear in features.
+        weights: `[num_fake]` float64 refined weights, sum 1.
+        ess: effective sample size of the weights.
+        shift: ν*; the refined density ratio is (f*)'(h* − ν*).
+        discriminator_weight: `[d]` float64, w of h* = <w, φ>, or the coefficients of the hull.
+        converged: whether the solver reached its tolerance. The bounds hold where it did not.
+        notes: what to mind.
+    """
+
+    ipm_unrefined: float
+    ipm_refined: float
+    divergence_value: float
+    divergence_at_one: float
+    dual_value: float
+    duality_gap: float
+    complexity: Estimate
+    complexity_term: float
+    monte_carlo_term: float
+    confidence_term: float
+    confidence_delta: float
+    monte_carlo_delta: float
+    probability: float
+    n: int
+    num_fake: int
+    norm_bound: float
+    function_bound: float
+    function_bound_known: bool
+    trivial_bound: float
+    divergence: str
+    hull: bool
+    weights: Tensor
+    ess: float
+    shift: float
+    discriminator_weight: Tensor
+    converged: bool
+    iterations: int
+    mean_real: Tensor
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def deviation_term(self) -> float:
+        """complexity_term + confidence_term: how far E_P h and E_real h can be apart, for all h of H at once."""
+        return self.complexity_term + self.confidence_term
+
+    @property
+    def bound_refined(self) -> float:
+        """IPM_H(P, refined sample) is at most this."""
+        return self.ipm_refined + self.deviation_term
+
+    @property
+    def bound_unrefined(self) -> float:
+        """IPM_H(P, generated sample) is at most this."""
+        return self.ipm_unrefined + self.deviation_term
+
+    @property
+    def bound_by_duality(self) -> float:
+        """ipm_unrefined − (D_f − f(1)) + duality_gap + deviation_term: the duality's bound on bound_refined."""
+        paid = self.divergence_value - self.divergence_at_one
+        return self.ipm_unrefined - paid + self.duality_gap + self.deviation_term
+
+    @property
+    def gain(self) -> float:
+        """bound_unrefined − bound_refined, at least D_f − f(1) − duality_gap."""
+        return self.ipm_unrefined - self.ipm_refined
+
+    @property
+    def certified_improvement(self) -> float:
+        """dual_value − f(1) − deviation_term, nats: E_P of the dual objective at h* is at least this above that at 0.
+
+        For `kl`, E_P log(refined / generated density): what the refinement gains in log-likelihood on unseen data.
+        For any f, how much closer the refined density ratio is to P's in f's Bregman divergence. Not positive:
+        this many real samples prove no improvement.
+        """
+        return self.dual_value - self.divergence_at_one - self.deviation_term
+
+    def outputs(self, features: Any) -> Tensor:
+        """h* at features `[k, d]` (outputs `[k, m]` for a hull): `[k]` float64."""
+        phi = matrix("RefinementCertificate.outputs", "features", features, len(self.discriminator_weight))
+        return phi.double() @ self.discriminator_weight.to(phi.device)
+
+    def log_ratio(self, features: Any) -> Tensor:
+        """log of the refined density ratio (f*)'(h* − ν*) at features `[k, d]`: `[k]` float64."""
+        return density_ratio(self.outputs(features), self.divergence, shift=self.shift).log_ratio
+
+    def bound_of(self, features: Any, weights: Any = None) -> float:
+        """The bound for another sample, at features `[k, d]`, with weights `[k]` or equal ones.
+
+        It holds together with the certificate's own, however the sample was made: one event carries all.
+        """
+        return self.ipm_to(self._average(features, weights)) + self.deviation_term
+
+    def ipm_to(self, mean_features: Tensor) -> float:
+        """IPM_H of the real sample and a sample whose features average to `[d]`."""
+        return self.norm_bound * dual_norm(self.mean_real - mean_features.to(self.mean_real), self.hull)
+
+    def _average(self, features: Any, weights: Any) -> Tensor:
+        name = "RefinementCertificate.bound_of"
+        phi = matrix(name, "features", features, len(self.mean_real)).double()
+        if weights is None:
+            return phi.mean(0)
+        w = torch.as_tensor(weights, dtype=torch.float64, device=phi.device)
+        if w.shape != phi.shape[:1]:
+            raise ValueError(f"{name}: weights must be [{len(phi)}], one per sample, got {list(w.shape)}")
+        if bool((w < 0).any()) or not 0.0 < float(w.sum()) < math.inf:
+            raise ValueError(f"{name}: weights must be non-negative with a positive, finite sum")
+        return w @ phi / w.sum()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the vectors, as plain numbers, for JSON."""
+        names = (
+            "bound_refined", "bound_unrefined", "bound_by_duality", "gain", "certified_improvement",
+            "ipm_refined", "ipm_unrefined", "complexity_term", "monte_carlo_term", "confidence_term", "deviation_term",
+            "divergence_value", "divergence_at_one", "dual_value", "duality_gap", "probability", "confidence_delta",
+            "monte_carlo_delta", "n", "num_fake", "ess", "norm_bound", "function_bound", "function_bound_known",
+            "trivial_bound", "divergence", "hull", "shift", "converged", "iterations", "notes",
+        )  # fmt: skip
+        facts = {name: getattr(self, name) for name in names}
+        return {**facts, "features": len(self.discriminator_weight), "complexity": self.complexity.to_dict()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON, whole or not at all.
+
+        Raises:
+            ValueError: a name that does not end in .json, or a folder that does not exist.
+        """
+        from .report import save_json
+
+        save_json(self.to_dict(), output_path("RefinementCertificate.save", path, ".json"))
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the terms of both bounds as PNG.
+
+        Raises:
+            ValueError: a name that does not end in .png, or a folder that does not exist.
+            ModuleNotFoundError: matplotlib is missing.
+        """
+        from .certificate_figure import draw_certificate
+        from .report import save_figure
+
+        save_figure(draw_certificate(self), output_path("RefinementCertificate.plot", path, ".png"))
+
+    def __str__(self) -> str:
+        from .certificate_text import table
+
+        return table(self)
+
+    def __repr__(self) -> str:
+        bounds = f"bound_refined={self.bound_refined:.6g}, bound_unrefined={self.bound_unrefined:.6g}"
+        return f"RefinementCertificate({bounds}, probability={self.probability:g})"
+
+
+def matrix(function: str, argument: str, x: Any, width: int | None = None) -> Tensor:
+    tensor = as_tensor(x, function=function, argument=argument)
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"{function}: {argument} must be [samples, features], got {list(tensor.shape)}")
+    if width is not None and tensor.shape[1] != width:
+        raise ValueError(f"{function}: {argument} must have {width} features a sample, got {tensor.shape[1]}")
+    bad = count_nonfinite(tensor)
+    if bad:
+        raise ValueError(f"{function}: {argument} has {bad} NaN or infinite values; only finite values are allowed")
+    return tensor
+
+
+def dual_norm(difference: Tensor, hull: bool) -> float:
+    """sup over the class with B = 1 of <w, difference>."""
+    return float(difference.abs().amax() if hull else difference.norm())
+
+
+def output_path(function: str, path: str | os.PathLike[str], suffix: str) -> Path:
+    from .output import check_output
+
+    where = Path(path)
+    if where.suffix.lower() != suffix:
+        raise ValueError(f"{function}: path must end in {suffix}, got {str(path)!r}")
+    check_output(where)
+    return where
