@@ -70,8 +70,8 @@ def rademacher(
         ValueError: shapes that are not [n, m], empty outputs, NaN or infinity in them, a `bound` below what was seen,
             numbers out of range, an iterator that would have to be read twice.
 
-    Source: Bartlett and Mendelson 2002; Mohri et al., Foundations of Machine Learning, section 3.1; signs of Salmon,
-    Moraes, Dror and Shaw 2011.
+    Source: Bartlett and Mendelson 2002; Mohri et al., Foundations of Machine Learning, 2nd edition, section 3.1;
+    signs of Salmon, Moraes, Dror and Shaw 2011.
 
     >>> import torch, refine_ext as rx
     >>> rx.rademacher(torch.tensor([[1.0], [2.0]]), draws="all")  # (3 + 1 + 1 + 3) / 4 / 2
@@ -116,7 +116,7 @@ def rademacher_linear(
     Raises:
         TypeError, ValueError: see `rademacher`; a norm_bound that is not positive and finite.
 
-    Source: Mohri et al., Theorem 5.10; the lower bound is the Khintchine-Kahane inequality, Latala and
+    Source: Mohri et al., 2nd edition, Theorem 5.10; the lower bound is the Khintchine-Kahane inequality, Latala and
     Oleszkiewicz 1994.
 
     >>> import torch, refine_ext as rx
@@ -162,7 +162,7 @@ def rademacher_l1(
     Raises:
         TypeError, ValueError: see `rademacher`; a norm_bound that is not positive and finite.
 
-    Source: Mohri et al., Theorem 11.15.
+    Source: Mohri et al., 2nd edition, Theorem 11.15.
 
     >>> import torch, refine_ext as rx
     >>> round(float(rx.rademacher_l1(torch.eye(100), norm_bound=2.0, draws=8, seed=0)), 6)  # 2 / 100

@@ -73,7 +73,7 @@ def rademacher_rkhs(
         ValueError: a matrix that is not square, symmetric and positive semidefinite, to the square root of its
             precision; NaN or infinity in it; see `rademacher` for the others.
 
-    Source: Mohri et al., Theorem 6.12; Bartlett and Mendelson 2002, Lemma 22.
+    Source: Mohri et al., 2nd edition, Theorem 6.12; Bartlett and Mendelson 2002, Lemma 22.
 
     >>> import torch, refine_ext as rx
     >>> rx.rademacher_rkhs(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), draws="all")  # (sqrt(6) + sqrt(2)) / 2 / 2
