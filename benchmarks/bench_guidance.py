@@ -3,7 +3,9 @@
     python benchmarks/bench_guidance.py --out benchmarks/results/guidance_cpu.json
 
 A step is x' = a x + b d + c f g (+ s z), f of each sample: x, d and g are read, x' is written, the noise is neither.
-Contenders named *_inplace write x' into x. The loops are in torch_guidance.py.
+Contenders named *_inplace write x' into x, *_out into a tensor that is there. A new tensor's pages are made as they are
+first written, which nothing can save; copy_new, a copy of x into one, is what they cost. The loops are in
+torch_guidance.py.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def step_case(
         "refine_ext": ours,
         "refine_ext_out": lambda s: ours(s, out=s["out"]),
         "refine_ext_inplace": lambda s: ours(s, out=s["ours"], x=s["ours"]),
+        "copy_new": lambda s: torch.empty_like(s["x"]).copy_(s["x"]),
         "eager": theirs,
         "eager_inplace": lambda s: eager_inplace(s["theirs"], s["d"], s["g"], s["f"], noisy, s["z"]),
     }

@@ -43,6 +43,10 @@ def _inputs(n: int, m: int, draws: int, dtype: torch.dtype) -> Callable[[torch.G
     return inputs
 
 
+def _axes(what: str, draws: int) -> dict[str, Any]:
+    return {"what": what, "draws": draws, "simd": _C.build_info()["simd_level"]}
+
+
 def _relative_errors(s: dict[str, Tensor], found: dict[str, Tensor], reduce: Callable[..., Tensor]) -> dict[str, float]:
     """The worst draw's, against float64."""
     want = reduce(s["x"].double(), s["sigma"].double())
@@ -92,15 +96,16 @@ def supremum_case(
         return {"relative_error": _relative_errors(s, found, reduce)}
 
     return Case(
-        op="rademacher_linear" if norm else "rademacher",
-        variant=f"draws={draws}",
+        op="rademacher_suprema",
+        variant=f"{'norm' if norm else 'magnitude'} draws={draws}",
         dtype=dtype,
         shape=(n, m),
         traffic=Traffic(n * m * dtype.itemsize, n * m * dtype.itemsize),
         inputs=_inputs(n, m, draws, dtype),
         contenders=contenders,
+        capturable=("refine_ext_op", "mm", "mm bfloat16"),
         accuracy=accuracy,
-        axes={"draws": draws, "simd": _C.build_info()["simd_level"]},
+        axes=_axes("rademacher_linear" if norm else "rademacher", draws),
         threads=threads,
         budget=budget,
     )
@@ -138,17 +143,66 @@ def backward_case(size: tuple[int, int, int], budget: float | None = None) -> Ca
         traffic=Traffic(2 * n * m * 4, 2 * n * m * 4),
         inputs=_inputs(n, m, draws, torch.float32),
         contenders={"refine_ext": ours, "user": theirs, "mm": lambda s: theirs(s, s["sigma"])},
+        capturable=(),
         accuracy=accuracy,
-        axes={"draws": draws, "simd": _C.build_info()["simd_level"]},
+        axes=_axes("gradient", draws),
         budget=budget,
     )
 
 
-def cases(quick: bool, main_only: bool) -> Iterator[Case]:
+def sums_case(size: tuple[int, int, int], budget: float | None = None) -> Case:
+    """Sums of one block of rows added to those before it, which a class larger than the memory is streamed by."""
+    n, m, draws = size
+
+    def inputs(random: torch.Generator) -> dict[str, Tensor]:
+        tensors = _inputs(n, m, draws, torch.float32)(random)
+        zeros = {name: tensors["x"].new_zeros(draws, m) for name in ("theirs", "theirs_again")}
+        return tensors | zeros | {"sums": zeros["theirs"].double()}
+
+    return Case(
+        op="rademacher_sums",
+        variant=f"draws={draws}",
+        shape=(n, m),
+        traffic=Traffic(n * m * 4 + 16 * m * draws, n * m * 4 + 16 * m * draws),
+        inputs=inputs,
+        contenders={
+            "refine_ext": lambda s: ops.rademacher_sums(s["sums"], s["x"], 0, 0, 0),
+            "user": lambda s: s["theirs"].addmm_(signs(draws, s["x"]), s["x"]),
+            "mm": lambda s: s["theirs_again"].addmm_(s["sigma"], s["x"]),
+        },
+        capturable=("refine_ext", "mm"),
+        axes=_axes("sums", draws),
+        budget=budget,
+    )
+
+
+def multipliers_case(n: int, draws: int, normals: bool) -> Case:
+    def inputs(random: torch.Generator) -> dict[str, Tensor]:
+        return {"x": torch.empty(n, 1, device=random.device)}
+
+    def user(s: dict[str, Tensor]) -> Tensor:
+        return torch.randn(draws, n, device=s["x"].device) if normals else signs(draws, s["x"])
+
+    return Case(
+        op="multipliers",
+        variant="normals" if normals else "signs",
+        shape=(draws, n),
+        traffic=Traffic(n * draws * 4, n * draws * 4),
+        inputs=inputs,
+        contenders={"refine_ext": lambda s: ops.multipliers(s["x"], n, draws, 0, 0, 0, normals), "user": user},
+        axes=_axes("normals" if normals else "signs", 1),
+    )
+
+
+def cases(device: str, quick: bool, main_only: bool = False) -> Iterator[Case]:
     if quick:
-        yield supremum_case((64, 8, 32))
-        yield supremum_case((64, 8, 32), norm=True)
-        yield backward_case((64, 8, 32))
+        size = (64, 8, 32)
+        yield supremum_case(size)
+        yield supremum_case(size, norm=True)
+        yield backward_case(size)
+        yield sums_case(size)
+        for normals in (False, True):
+            yield multipliers_case(64, 8, normals)
         return
     yield supremum_case(MAIN, compiled=not main_only, budget=12.0)
     if main_only:
@@ -158,9 +212,12 @@ def cases(quick: bool, main_only: bool) -> Iterator[Case]:
         yield supremum_case(MAIN, dtype, budget=8.0)
     yield supremum_case(MAIN, norm=True, budget=8.0)
     yield backward_case(MAIN, budget=8.0)
+    yield sums_case((8192, 1024, 1024), budget=8.0)
+    for normals in (False, True):
+        yield multipliers_case(10_000, 1024, normals)
     for size in SMALL:
         yield supremum_case(size)
-    if (cores := torch.get_num_threads()) > 1:
+    if device == "cpu" and (cores := torch.get_num_threads()) > 1:
         yield supremum_case(MAIN, threads=cores, budget=8.0)
 
 
@@ -180,11 +237,12 @@ def other_instruction_sets() -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], devices=("cpu",))
+    options = parser(__doc__.splitlines()[0])
     options.add_argument("--main-only", action="store_true", help="the first case, on this process's instruction set")
     arguments = options.parse_args()
-    extra = {} if arguments.main_only or arguments.quick else {"instruction_sets": other_instruction_sets()}
-    run(arguments, "rademacher", cases(arguments.quick, arguments.main_only), **extra)
+    device, quick, main_only = arguments.device, arguments.quick, arguments.main_only
+    extra = {"instruction_sets": other_instruction_sets()} if device == "cpu" and not (quick or main_only) else {}
+    run(arguments, "rademacher", cases(device, quick, main_only), **extra)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ HEAD = """\
 # Results
 
 JSON files written by the benchmarks beside this folder, each with machine, versions, commit and date. From them
-`python benchmarks/report.py` makes the tables of the README and `docs/measured.md`, the plots and this page; a test compares.
+`python benchmarks/report.py` makes the tables of the README and of `docs/measured.md`, the plots and this page; a test
+compares.
 
 ## What a GPU has said about the CUDA kernels
 

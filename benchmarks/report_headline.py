@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from report_common import duration, load, measured, times
 from report_demos import mean_and_error
+from report_rademacher import what
 
 Row = dict[str, Any]
 
@@ -67,7 +68,7 @@ KERNELS = (
         "rademacher_cpu",
         "`rademacher`",
         lambda row: (
-            (row["op"], row["shape"], row["draws"], row["dtype"]) == ("rademacher", [10_000, 1024], 1024, "float32")
+            (what(row), row["shape"], row["draws"], row["dtype"]) == ("rademacher", [10_000, 1024], 1024, "float32")
         ),
         lambda row: "{:,} × {:,}, {:,} draws".format(*row["shape"], row["draws"]),
         "user",

@@ -6,7 +6,7 @@ from typing import Any
 
 import gate_results
 import report_common
-from report_common import duration, load, machine, measured, slower, times
+from report_common import ITEMSIZE, duration, load, machine, measured, slower, times
 
 # What is shown of a GPU run, at the largest size that was measured.
 SHOWN_ON_GPU = {
@@ -94,6 +94,14 @@ def _share(row: dict[str, Any], part: str, whole: str) -> str:
     return f"{row['time'][part]['seconds'] / row['time'][whole]['seconds']:.1%}"
 
 
+def _of_copy(row: dict[str, Any], ours: str, copy: str) -> str:
+    """Bandwidth of ours over a copy's."""
+    if not {ours, copy} <= row["time"].keys():
+        return "–"
+    copied = 2 * row["n"] * ITEMSIZE[row["dtype"]]
+    return f"{row['bytes'] / copied * row['time'][copy]['seconds'] / row['time'][ours]['seconds']:.0%}"
+
+
 def guidance() -> str:
     result = load("guidance_cpu")
     if result is None:
@@ -101,9 +109,10 @@ def guidance() -> str:
     rows = measured(result)
     size = "x".join(map(str, next(row for row in rows if row["op"] == "guided_step")["shape"]))
     lines = [
-        f"| step of {size.replace('x', ' × ')} | threads | time | in place | of copy bandwidth | torch eager "
-        "| in-place eager, to ours in place | torch.compile |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| step of {size.replace('x', ' × ')} | threads | time | in place | of copy bandwidth | of a copy into a new "
+        "tensor | into a given tensor, of copy bandwidth | torch eager | in-place eager, to ours in place "
+        "| torch.compile |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["op"] != "guided_step" or "x".join(map(str, row["shape"])) != size:
@@ -114,6 +123,7 @@ def guidance() -> str:
         name = f"{row['variant']}, {row['dtype']}" + (f": {row['n'] / ours / 1e9:.2f} G/s" if normals else "")
         lines.append(
             f"| {name} | {row['threads']} | {duration(ours)} | {duration(in_place)} | {row['copy_fraction']:.0%} | "
+            f"{_of_copy(row, 'refine_ext', 'copy_new')} | {_of_copy(row, 'refine_ext_out', 'copy')} | "
             f"{slower(row, 'eager', ours)} | {slower(row, 'eager_inplace', in_place)} | "
             f"{slower(row, 'compile', ours)} |"
         )

@@ -13,11 +13,19 @@ OTHERS = {
     "mm medium": "mm, 'medium'",
     "mm bfloat16": "mm, bfloat16",
 }
-OPS = {
+WHAT = {
     "rademacher": "`rademacher`",
     "rademacher_linear": "`rademacher_linear`",
-    "rademacher_backward": "`rademacher` and gradient",
+    "gradient": "`rademacher` and gradient",
+    "sums": "sums of a block of rows",
+    "signs": "signs alone",
+    "normals": "normals alone",
 }
+
+
+def what(row: dict[str, Any]) -> str:
+    """What a row measured; the first results tell it by their op."""
+    return row.get("what") or {"rademacher_backward": "gradient"}.get(row["op"], row["op"])
 
 
 def rate(row: dict[str, Any]) -> float:
@@ -29,7 +37,7 @@ def _line(row: dict[str, Any]) -> str:
     ours = row["time"]["refine_ext"]["seconds"]
     others = [slower(row, name, ours) for name in OTHERS]
     error = row.get("relative_error", {}).get("refine_ext")
-    n, m = row["shape"]
+    size = f"{row['shape'][0]:,} × {row['shape'][1]:,}" + (f", {row['draws']:,}" if row["draws"] > 1 else "")
     notes = [
         *([row["dtype"]] if row["dtype"] != "float32" else []),
         *([f"{row['threads']} threads"] if row["threads"] > 1 else []),
@@ -37,7 +45,7 @@ def _line(row: dict[str, Any]) -> str:
     ]
     took = f"{ours * 1e3:.1f} ms" if ours >= 1e-3 else f"{ours * 1e6:.0f} µs"
     return (
-        f"| {', '.join([OPS[row['op']], *notes])} | {n:,} × {m:,}, {row['draws']:,} | {took} | {rate(row) / 1e9:.0f} | "
+        f"| {', '.join([WHAT[what(row)], *notes])} | {size} | {took} | {rate(row) / 1e9:.0f} | "
         f"{' | '.join(others)} | {f'{error:.0e}' if error is not None else '–'} |"
     )
 

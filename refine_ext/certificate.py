@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def refinement_certificate(
     norm_bound: float = 1.0,
     feature_bound: float | None = None,
     delta: float = 0.05,
-    draws: int = 1024,
+    draws: int | Literal["all"] = 1024,
     seed: int = 0,
     hull: bool = False,
     tolerance: float = 1e-7,
@@ -72,7 +72,7 @@ def refinement_certificate(
         feature_bound: sup ‖φ(x)‖_2 over all x that P can give (sup max_j |h_j(x)| for a hull), so that M is B times
             it. Left out, the largest seen, and the certificate then holds as far as no unseen real sample is larger.
         delta: in (0, 1).
-        draws: of the Rademacher complexity.
+        draws: sign vectors of the Rademacher complexity; "all" for all 2^n of few samples, without Monte-Carlo error.
         seed: of the draws.
         hull: whether the columns are discriminators whose hull is the class.
         tolerance: relative duality gap that the solver reaches.
@@ -183,7 +183,7 @@ def certificate_problem(
     divergence: str,
     feature_bound: float | None,
     delta: float,
-    draws: int,
+    draws: int | Literal["all"],
     seed: int,
     hull: bool,
     tolerance: float,
@@ -213,7 +213,8 @@ def certificate_problem(
             f"{function}: feature_bound must be at least the largest {what} of a real sample, {largest_real:.6g}, "
             f"got {feature_bound:.6g}"
         )
-    whole(function, "draws", draws, 1)
+    if draws != "all":
+        whole(function, "draws", draws, 1)
     complexity = (rademacher if hull else rademacher_linear)(given, draws=draws, seed=seed)
     return CertificateProblem(
         real=given.double(),

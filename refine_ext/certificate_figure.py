@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from .pipeline_certificate import JobCertificate
 
 _COMPLEXITY, _CONFIDENCE = "#8a8d91", "#c4c7ca"
-_TARGETS = {
-    "certificate": "real sample to data, at most",
-    "complexity": "2 × Rademacher complexity",
-    "smallest": "real sample to data, at most",
-}
 _LABELLED = 0.06  # of the longest bar: a shorter piece has no room for its number
 
 
@@ -85,7 +80,8 @@ def draw_curve(improvement: Axes, misfit: Axes, search: NormBoundSearch) -> None
     )
     improvement.set_ylabel("proven improvement (nats)")
     misfit.plot(bounds, curve["unit_ipm"], "o-", color=AFTER, markersize=4, label="refined to real sample")
-    misfit.axhline(search.deviation, color=REAL, linewidth=1, linestyle="--", label=_TARGETS[search.rule])
+    target = "2 × Rademacher complexity" if search.rule == "complexity" else "real sample to data, at most"
+    misfit.axhline(search.deviation, color=REAL, linewidth=1, linestyle="--", label=target)
     misfit.set_ylabel("IPM of the class with B = 1")
     misfit.set_ylim(bottom=0.0)
     misfit.legend(frameon=False, fontsize=9)

@@ -45,6 +45,8 @@ class RefinementCertificate:
         shift: ν*; the refined density ratio is (f*)'(h* − ν*).
         discriminator_weight: `[d]` float64, w of h* = <w, φ>, or the coefficients of the hull.
         converged: whether the solver reached its tolerance. The bounds hold where it did not.
+        iterations: of the solver.
+        mean_real: `[d]` float64 average of the real sample's features.
         notes: what to mind.
     """
 

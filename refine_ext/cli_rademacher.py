@@ -75,7 +75,7 @@ def rademacher(
     into --memory.
     """
     from ._library import usable_device
-    from .io import open_rows
+    from .io import open_rows, split_key
     from .output import check_output
     from .report import save_json
     from .summary import describe_rows, peak_memory
@@ -88,10 +88,12 @@ def rademacher(
             raise ValueError("--norm-bound is for --class linear and l1")
         if family != "finite" and one_sided:
             raise ValueError("--one-sided is for --class finite")
+        source = open_rows(outputs)
         if json_path is not None:
             check_output(Path(json_path))
+            if Path(json_path).exists() and Path(json_path).samefile(split_key(outputs)[0]):
+                raise ValueError(f"{json_path}: is the input; write to another file")
         where = usable_device("rademacher", device)
-        source = open_rows(outputs)
         started, before = time.perf_counter(), peak_memory()
         options |= {"memory": memory, "progress": not quiet and sys.stderr.isatty()}
         estimate = _function(family, norm_bound, one_sided)(_values(source, where, memory), **options)

@@ -62,7 +62,7 @@ def solve_hull_dual(
     >>> solve_hull_dual(real, fake, norm_bound=0.5).weight.round(decimals=6)
     tensor([0.5000, 0.0000], dtype=torch.float64)
     """
-    real, fake = check_dual("solve_hull_dual", outputs_real, outputs_fake, norm_bound)
+    real, fake = check_dual("solve_hull_dual", "outputs", outputs_real, outputs_fake, norm_bound)
     if initial is None:
         weight = real.new_zeros(real.shape[1])
     else:

@@ -105,7 +105,7 @@ def solve_linear_dual(
     >>> round(float(solve_linear_dual(real, fake, norm_bound=0.5).weight[0]), 6)
     0.5
     """
-    real, fake = check_dual("solve_linear_dual", features_real, features_fake, norm_bound)
+    real, fake = check_dual("solve_linear_dual", "features", features_real, features_fake, norm_bound)
     if objective not in ("tight", "loose", "logistic"):
         raise ValueError(f"solve_linear_dual: objective must be 'tight', 'loose' or 'logistic', got {objective!r}")
     problem: Tight | _Logistic = _Logistic(real, fake) if objective == "logistic" else Tight(real, fake, divergence)
@@ -117,17 +117,17 @@ def solve_linear_dual(
     return maximise(problem, weight, _Euclidean(norm_bound), tolerance, max_iterations)
 
 
-def check_dual(function: str, real: Tensor, fake: Tensor, norm_bound: float) -> tuple[Tensor, Tensor]:
-    """Both sets of features in float64, of which there are some of equal width; the norm bound is a positive number."""
+def check_dual(function: str, what: str, real: Tensor, fake: Tensor, norm_bound: float) -> tuple[Tensor, Tensor]:
+    """Both sets of features or outputs in float64: there are some, equally wide, and the norm bound is positive."""
     if real.ndim != 2 or fake.ndim != 2:
-        raise ValueError(f"{function}: features must be [n, d], got {list(real.shape)} and {list(fake.shape)}")
+        raise ValueError(f"{function}: {what} must be [n, d], got {list(real.shape)} and {list(fake.shape)}")
     if real.shape[1] != fake.shape[1] or 0 in fake.shape:
         raise ValueError(
-            f"{function}: features_real and features_fake must be non-empty and have the "
+            f"{function}: {what}_real and {what}_fake must be non-empty and have the "
             f"same width, got {list(real.shape)} and {list(fake.shape)}"
         )
     if len(real) == 0:
-        raise ValueError(f"{function}: features_real is empty")
+        raise ValueError(f"{function}: {what}_real is empty")
     if not (norm_bound > 0.0 and math.isfinite(norm_bound)):
         raise ValueError(f"{function}: norm_bound must be positive and finite, got {norm_bound}")
     return real.detach().double(), fake.detach().double()

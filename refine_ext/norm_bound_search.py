@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from .certificate import (
     CertificateProblem,
@@ -17,9 +18,13 @@ from .certificate_result import RefinementCertificate, dual_norm, output_path
 
 _DOUBLINGS = 12
 _BISECTIONS = 40
+# Of the lowest misfit: how near to it the norm bound goes where the search ends at no balance.
+_NEAR = 1.05
 RULES = {
     "certificate": "the most improvement that is proven for the data",
     "complexity": "nothing is proven; the most improvement beyond what the class's complexity alone would fake",
+    "unreachable": "no weights of the generated sample come near enough to the real one to be balanced by what is not "
+    "proven; more B brings it no nearer. Latent refinement or guidance can move samples, weights cannot",
     "smallest": "the difference between the samples is within what the class's complexity would fake: refine nothing",
 }
 
@@ -31,9 +36,10 @@ class NormBoundSearch:
     Attributes:
         norm_bound: B.
         certificate: the `RefinementCertificate` at B.
-        rule: "certificate", "complexity" or "smallest": see `suggest_norm_bound`.
+        rule: "certificate", "complexity", "unreachable" or "smallest": see `suggest_norm_bound`.
         reason: the rule in words.
-        deviation: 2 R_n + confidence term of the class with B = 1; the rule's target for its IPM.
+        deviation: of the class with B = 1, what the rule balances its IPM with: 2 R_n, and the confidence term unless
+            the rule is "complexity".
         curve: one dict for each B that was tried, ascending: norm_bound; certified_improvement (nats);
             dual_value; unit_ipm and unit_bound, of the refined sample in the class with B = 1; ess.
     """
@@ -83,7 +89,7 @@ def suggest_norm_bound(
     bounds: Sequence[float] | None = None,
     feature_bound: float | None = None,
     delta: float = 0.05,
-    draws: int = 1024,
+    draws: int | Literal["all"] = 1024,
     seed: int = 0,
     hull: bool = False,
     tolerance: float = 1e-7,
@@ -115,6 +121,8 @@ def suggest_norm_bound(
         above; where no B has a positive certified improvement, "complexity": the same with 2 R_n alone as the
         deviation, which holds on average rather than with probability 1 − delta, and is what the class would gain by
         fitting noise; where that is not positive either, "smallest": the smallest B tried, next to no refinement.
+        "unreachable": the refined sample's IPM never falls to the deviation, because the generated sample does not
+        reach the data; then the smallest B that brings it within 5 % of the lowest IPM found.
 
     Raises:
         TypeError, ValueError: as `refinement_certificate`; ValueError for bounds that are empty or not positive.
@@ -123,9 +131,9 @@ def suggest_norm_bound(
     Morozov's (1966) discrepancy principle.
 
     >>> import torch, refine_ext as rx
-    >>> search = rx.suggest_norm_bound(torch.randn(4000, 1) + 1.0, torch.randn(4000, 1), feature_bound=5.0)
-    >>> search.norm_bound < 1.0  # what the samples' own estimate, the difference of their means, would be
-    True
+    >>> search = rx.suggest_norm_bound(torch.ones(40000, 1), torch.arange(2.0)[:, None], feature_bound=1.0)
+    >>> search.rule, round(search.deviation, 2)  # the refined sample's, 1 / (1 + e^B), is that near B = 3
+    ('certificate', 0.05)
     """
     name = "suggest_norm_bound"
     problem = certificate_problem(name, real, fake, divergence, feature_bound, delta, draws, seed, hull, tolerance)
@@ -133,29 +141,35 @@ def suggest_norm_bound(
     if grid is not None and not grid:
         raise ValueError(f"{name}: bounds must hold at least one number")
     search = _Search(problem, progress)
-    whole, noise = search.deviation, search.noise
+    whole, noise, reached = search.deviation, search.noise, True
     if grid is not None:
         for bound in grid:
             search.at(bound)
     else:
         unrefined = dual_norm(problem.real.mean(0) - problem.fake.mean(0), problem.hull)
         first = 1.0 / problem.feature_bound
-        if unrefined > whole:
-            search.balance(first, whole)
-        elif unrefined > noise:
-            search.balance(first, noise)
-        else:
+        if unrefined <= noise:
             search.at(1e-3 * first)
+        else:
+            reached = search.balance(first, whole if unrefined > whole else noise)
     search.bar.close()
-    certificates = [search.found[bound] for bound in sorted(search.found)]
-    rule, deviation = "certificate", whole
-    best = max(certificates, key=lambda c: _improvement(c, whole))
-    if _improvement(best, whole) <= 0.0:
-        rule, deviation = "complexity", noise
-        best = max(certificates, key=lambda c: _improvement(c, noise))
-        if _improvement(best, noise) <= 0.0:
-            rule, deviation, best = "smallest", whole, certificates[0]
-    return NormBoundSearch(best.norm_bound, best, rule, deviation, [_point(c) for c in certificates])
+    found = [search.found[bound] for bound in sorted(search.found)]
+    rule, best = _choose(found, whole, noise) if reached else ("unreachable", _nearest(found))
+    deviation = noise if rule == "complexity" else whole
+    return NormBoundSearch(best.norm_bound, best, rule, deviation, [_point(c) for c in found])
+
+
+def _choose(found: list[RefinementCertificate], whole: float, noise: float) -> tuple[str, RefinementCertificate]:
+    for rule, deviation in (("certificate", whole), ("complexity", noise)):
+        best = max(found, key=partial(_improvement, deviation=deviation))
+        if _improvement(best, deviation) > 0.0:
+            return rule, best
+    return "smallest", found[0]
+
+
+def _nearest(found: list[RefinementCertificate]) -> RefinementCertificate:
+    misfits = [c.ipm_refined / c.norm_bound for c in found]
+    return next(c for c, misfit in zip(found, misfits, strict=True) if misfit <= _NEAR * min(misfits))
 
 
 def _improvement(certificate: RefinementCertificate, deviation: float) -> float:
@@ -197,15 +211,15 @@ class _Search:
     def misfit(self, bound: float) -> float:
         return self.at(bound).ipm_refined / bound
 
-    def balance(self, first: float, deviation: float) -> None:
-        """Search for the B at which the misfit is the deviation; it falls as B grows."""
+    def balance(self, first: float, deviation: float) -> bool:
+        """Search for the B at which the misfit is the deviation; it falls as B grows. False if it never gets there."""
         high = first
         for _ in range(_DOUBLINGS):
             if self.misfit(high) <= deviation:
                 break
             high *= 2.0
         else:
-            return
+            return False
         below = [b for b in self.found if b < high]
         low = max(below, default=0.0)
         for _ in range(_BISECTIONS):
@@ -219,3 +233,4 @@ class _Search:
                 low = middle
             else:
                 high = middle
+        return True

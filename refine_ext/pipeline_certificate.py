@@ -87,13 +87,16 @@ class _UnitFeatures:
     """
 
     def __init__(self, discriminator: Discriminator, generated: np.ndarray, batch_rows: int) -> None:
+        from .networks import MLP
+
         self.discriminator, self.batch_rows = discriminator, batch_rows
         self.centre: Tensor | None = None
         width = discriminator.features(generated[:1]).shape[1]
         if getattr(discriminator.network, "random_features", None) is not None:
             self.name = f"{width} random Fourier features"
             return
-        self.name = f"{width} features of the last hidden layer, centred and cut to norm 1"
+        where = "of the last hidden layer" if isinstance(discriminator.network, MLP) else "that were given"
+        self.name = f"{width} features {where}, centred and cut to norm 1"
         phi = self._plain(generated)
         self.centre = phi.mean(0)
         self.median = float((phi - self.centre).norm(dim=1).median()) or 1.0
@@ -160,7 +163,8 @@ def certify_job(
     elif weights is not None:
         counts = np.stack([counts[0], weights])
     sums = torch.zeros(len(counts), width, dtype=torch.float64)
-    for start, block in generated.blocks(block_rows * generated.row_bytes):
+    # A row's features can take far more memory than the row.
+    for start, block in generated.blocks(min(block_rows, most) * generated.row_bytes):
         phi = features(generated.decode(block))
         sums += torch.from_numpy(counts[:, start : start + len(phi)]) @ phi
     means = sums / torch.from_numpy(counts.sum(axis=1, keepdims=True))

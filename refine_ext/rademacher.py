@@ -47,7 +47,8 @@ def rademacher(
         draws: K, how many sign vectors; "all": each of the 2^n once, for at most 20 samples and without error.
         seed: of the signs, an int. None: drawn from torch's default generator.
         absolute: the maximum of |.|, over the functions and their negatives; otherwise over the functions.
-        distribution: "rademacher": signs. "normal": sigma_i ~ N(0, 1), the Gaussian complexity, by matrix products.
+        distribution: "rademacher": signs. "normal": sigma_i ~ N(0, 1), the Gaussian complexity, by matrix products,
+            whose bits depend on how they are split; not inside torch.func and torch.compile.
         stderr: a standard error to reach: the draws are doubled until then, or until `max_draws` (2^20 by default),
             with a warning.
         precision: the values' digits, of 8 bits each, that signed sums take: 3 is float32's accuracy, 1 and 2 are
@@ -56,8 +57,8 @@ def rademacher(
             the first number that is read from the estimate. "propagate" makes the estimate NaN.
         first_draw: the first draw's number: runs of other draws are joined by `Estimate.merge`.
         bound: M >= max |f_j(x_i)|, for `Estimate.upper`. None: the largest seen.
-        memory: bytes that blocks and their sums may take (or one draw's sums). More draws than that are done in
-            several readings of the blocks.
+        memory: bytes that blocks and their sums may take, but at least 1024 rows and the sums of one draw. More draws
+            are done in several readings of the blocks.
         progress: a bar where it takes over a second. None: on a terminal.
 
     Returns:
@@ -69,8 +70,8 @@ def rademacher(
         ValueError: shapes that are not [n, m], empty outputs, NaN or infinity in them, a `bound` below what was seen,
             numbers out of range, an iterator that would have to be read twice.
 
-    Source: Bartlett and Mendelson 2002; Mohri et al., Foundations of Machine Learning, section 3.1; signs of Salmon,
-    Moraes, Dror and Shaw 2011.
+    Source: Bartlett and Mendelson 2002; Mohri et al., Foundations of Machine Learning, 2nd edition, section 3.1;
+    signs of Salmon, Moraes, Dror and Shaw 2011.
 
     >>> import torch, refine_ext as rx
     >>> rx.rademacher(torch.tensor([[1.0], [2.0]]), draws="all")  # (3 + 1 + 1 + 3) / 4 / 2
@@ -115,7 +116,7 @@ def rademacher_linear(
     Raises:
         TypeError, ValueError: see `rademacher`; a norm_bound that is not positive and finite.
 
-    Source: Mohri et al., Theorem 5.10; the lower bound is the Khintchine-Kahane inequality, Latala and
+    Source: Mohri et al., 2nd edition, Theorem 5.10; the lower bound is the Khintchine-Kahane inequality, Latala and
     Oleszkiewicz 1994.
 
     >>> import torch, refine_ext as rx
@@ -161,7 +162,7 @@ def rademacher_l1(
     Raises:
         TypeError, ValueError: see `rademacher`; a norm_bound that is not positive and finite.
 
-    Source: Mohri et al., Theorem 11.15.
+    Source: Mohri et al., 2nd edition, Theorem 11.15.
 
     >>> import torch, refine_ext as rx
     >>> round(float(rx.rademacher_l1(torch.eye(100), norm_bound=2.0, draws=8, seed=0)), 6)  # 2 / 100

@@ -172,7 +172,7 @@ def streamed_suprema(
                     sums = torch.zeros(count, m, dtype=torch.float64, device=block.device)
                     part = draws.part(start, count)
                 if start == 0:
-                    peak = torch.linalg.vector_norm(block, torch.inf, dim=0).double()
+                    peak = column_peaks(block)
                     if inspect is not None:
                         inspect(first_row, block, peak)
                     norm = largest_row_norm(block) if supremum == _NORM else peak.new_zeros(())
@@ -240,9 +240,15 @@ def reduce_sums(sums: Tensor, n: int, supremum: int) -> tuple[Tensor, Tensor]:
 
 def largest_row_norm(rows: Tensor) -> Tensor:
     """max_i ||row i||_2, 0-dim float64."""
-    step = max(1, (1 << 20) // rows.shape[1])
-    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).amax() for part in rows.detach().split(step)]
+    step = max(1, (1 << 18) // rows.shape[1])
+    norms = [torch.linalg.vector_norm(part.double(), dim=1).amax() for part in rows.detach().split(step)]
     return norms[0] if len(norms) == 1 else torch.stack(norms).amax()
+
+
+def column_peaks(rows: Tensor) -> Tensor:
+    """max_i |row i| of each column, [m] float64, NaN where there is one; torch's norm takes five times as long."""
+    rows = rows.detach()
+    return torch.maximum(rows.amax(0), rows.amin(0).neg()).double()
 
 
 class NormalSuprema(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .complexity_estimate import Estimate
 from .density_ratio import check_floating
-from .rademacher_stream import Multipliers, add_sums, multipliers
+from .rademacher_stream import Multipliers, add_sums, column_peaks, multipliers
 from .rademacher_suprema import (
     MEMORY,
     NORM,
@@ -73,7 +73,7 @@ def rademacher_rkhs(
         ValueError: a matrix that is not square, symmetric and positive semidefinite, to the square root of its
             precision; NaN or infinity in it; see `rademacher` for the others.
 
-    Source: Mohri et al., Theorem 6.12; Bartlett and Mendelson 2002, Lemma 22.
+    Source: Mohri et al., 2nd edition, Theorem 6.12; Bartlett and Mendelson 2002, Lemma 22.
 
     >>> import torch, refine_ext as rx
     >>> rx.rademacher_rkhs(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), draws="all")  # (sqrt(6) + sqrt(2)) / 2 / 2
@@ -131,8 +131,8 @@ def _blocks(gram: Any, kernel: Kernel | None, x: Any, check: bool) -> tuple[int,
             if list(part.shape) != shape:
                 raise ValueError(f"{_NAME}: kernel must return {shape} for so many samples, got {list(part.shape)}")
         if check:
-            peaks = torch.linalg.vector_norm(part, torch.inf, dim=0)
-            refuse_nonfinite(_NAME, argument if kernel is None else "kernel", peaks, part, row, column)
+            what = argument if kernel is None else "kernel"
+            refuse_nonfinite(_NAME, what, column_peaks(part), part, row, column)
         other = part.T if row == column else values[columns, rows].T if kernel is None else None
         tolerance = torch.finfo(part.dtype).eps ** 0.5
         if row == column:

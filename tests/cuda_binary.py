@@ -18,8 +18,8 @@ import refine_ext
 
 LIBRARY = Path(refine_ext.__file__).with_name("librefine_ext_cuda.so")
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-# Threads and bytes of shared memory of a multiprocessor.
-ARCHITECTURES = {"sm_80": (2048, 167936), "sm_90": (2048, 233472), "sm_90a": (2048, 233472)}
+# Threads and bytes of shared memory of a multiprocessor. sm_90 comprises what is compiled for sm_90a.
+ARCHITECTURES = {"sm_80": (2048, 167936), "sm_90": (2048, 233472)}
 FORMS = ["exponential", "reciprocal", "inverse_square", "inverse_sqrt", "linear", "power", "logistic", "lambert"]
 OUTPUTS = ["none", "log_ratio", "ratio"]
 STORAGE = {"float": "float32", "double": "float64", "Half": "float16", "BFloat16": "bfloat16"}
@@ -192,7 +192,7 @@ class Kernel:
     @property
     def occupancy(self) -> int:
         limits = ARCHITECTURES[self.architecture]
-        major, minor = divmod(int(self.architecture[3:].rstrip("a")), 10)
+        major, minor = divmod(int(self.architecture[3:]), 10)
         blocks = calculator().blocks_of(major, minor, *limits, self.registers, self.shared, self.threads)
         assert blocks >= 0, "the calculator refuses these properties"
         return 100 * blocks * self.threads // limits[0]

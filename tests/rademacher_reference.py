@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from guidance_reference import box_muller
@@ -108,3 +110,16 @@ def suprema(outputs: torch.Tensor, sign: np.ndarray, supremum: int, digits: int 
     chosen = np.take_along_axis(sums, index[:, None], 1)[:, 0]
     value = np.take_along_axis(size, index[:, None], 1)[:, 0]
     return value / n, np.where(chosen < 0, -1 - index, index), largest
+
+
+def all_signs(n: int) -> np.ndarray:
+    """[2^n, n], every sign vector once."""
+    return np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+
+
+def float_suprema(sign: np.ndarray, outputs: np.ndarray, supremum: int) -> np.ndarray:
+    """Suprema in plain float64."""
+    sums = sign @ np.asarray(outputs, dtype=np.float64)
+    if supremum == NORM:
+        return np.sqrt((sums**2).sum(1)) / len(outputs)
+    return (np.abs(sums) if supremum == MAGNITUDE else sums).max(1) / len(outputs)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import bench_density_ratio
 import bench_guidance
+import bench_rademacher
 import bench_resampling
 import bench_variational_bound
 import common
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 import refine_ext as rx
 
-BENCHES = (bench_density_ratio, bench_guidance, bench_resampling, bench_variational_bound)
+BENCHES = (bench_density_ratio, bench_guidance, bench_rademacher, bench_resampling, bench_variational_bound)
 
 
 class OnCpu(TorchFunctionMode):

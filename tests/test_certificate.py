@@ -106,6 +106,8 @@ def test_the_complexity_is_that_of_all_sign_vectors(hull):
     exact = 3.0 * np.mean([dual_norm(s, hull) for s in signs @ real / 12])
     assert abs(float(c.complexity) - exact) < 5 * c.complexity.stderr
     assert exact <= c.complexity_term / 2
+    every = certify(real, fake, norm_bound=3.0, hull=hull, draws="all")
+    assert every.complexity_term / 2 == pytest.approx(exact, rel=1e-12) and every.monte_carlo_term == 0
 
 
 @pytest.mark.parametrize("hull", CLASSES)

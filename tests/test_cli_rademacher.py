@@ -122,6 +122,7 @@ def test_the_table(folder, values):
         ("D.npy", ("--class", "l1", "--norm-bound", 0), "rademacher_l1: norm_bound must be positive and finite"),
         ("D.npy", ("--class", "l1", "--one-sided"), "--one-sided is for --class finite"),
         ("D.npy", ("--json", "/no/such/folder/x.json"), "the folder /no/such/folder does not exist"),
+        ("D.npz:D", ("--json", "{folder}/D.npz"), "D.npz: is the input; write to another file"),
         ("D.npy", ("--device", "abacus"), "rademacher: device is 'abacus'; supported devices are cpu and cuda"),
     ],
 )
@@ -132,7 +133,7 @@ def test_errors_in_one_line(folder, values, name, arguments, message):
         spoilt = values.numpy().copy()
         spoilt[2222, 5] = spoilt[2223, 5] = np.nan
         np.save(folder / name, spoilt)
-    result = run(folder / name, *arguments)
+    result = run(folder / name, *(str(a).format(folder=folder) for a in arguments))
     assert result.exit_code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.output
 
 

@@ -70,11 +70,19 @@ def test_suprema(where, dtype):
 
 
 @everywhere
-@pytest.mark.parametrize("supremum", [MAGNITUDE, NORM])
-@pytest.mark.sanitized
+@pytest.mark.parametrize("supremum", [pytest.param(MAGNITUDE, marks=pytest.mark.sanitized), NORM])
 def test_groups(where, supremum):
     """More draws, columns and blocks of rows than fit: all three are divided."""
     check_suprema(where, every_value(2050, 130, f32), 165, supremum)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [f64, f32], ids=str)
+@pytest.mark.sanitized
+def test_large_tiles(where, dtype, monkeypatch):
+    """Of few multiprocessors, where two tiles are enough for the larger blocks of threads."""
+    monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", "1")
+    check_suprema(where, every_value(200, 70, dtype), 130, MAGNITUDE)
 
 
 @everywhere

@@ -133,8 +133,8 @@ def test_the_quadratic_programme_meets_the_optimality_conditions(seed, count, ra
         ({"norm_bound": math.nan}, "norm_bound must be positive"),
         ({"outputs_fake": torch.zeros(5, 3)}, r"\[150, 4\] and \[5, 3\]"),
         ({"outputs_fake": torch.zeros(0, 4)}, "non-empty"),
-        ({"outputs_real": torch.zeros(0, 4)}, "features_real is empty"),
-        ({"outputs_real": torch.zeros(4)}, r"must be \[n, d\]"),
+        ({"outputs_real": torch.zeros(0, 4)}, "outputs_real is empty"),
+        ({"outputs_real": torch.zeros(4)}, r"outputs must be \[n, d\]"),
         ({"divergence": "wasserstein"}, "wasserstein"),
     ],
 )

@@ -97,6 +97,20 @@ def test_blocks_change_nothing(discriminators):
         assert one.samples[name] == pytest.approx(many.samples[name], rel=1e-4)
 
 
+def test_memory_bounds_the_rows_whose_features_are_held(discriminators, monkeypatch):
+    disc, held = discriminators["linear"], []
+    plain = disc.features
+    monkeypatch.setattr(disc, "features", lambda x, **options: held.append(len(x)) or plain(x, **options))
+    options = RefineOptions(certificate=True, norm_bound=2.0, progress=False, memory=100 * 128 * 64)
+    found = certify_job(
+        disc, HELD, ArrayRows(FAKE), options, indices=np.arange(5), weights=None, block_rows=10**6, batch_rows=50
+    )
+    assert max(held) == 100 and found.certificate.n == found.certificate.num_fake == 100
+    means = [plain(x).mean(0) for x in (HELD[:100], FAKE, FAKE[:5])]
+    ipms = [2.0 * float((means[0] - mean).norm()) for mean in means[1:]]
+    assert [found.samples["generated"], found.samples["written"]] == pytest.approx(ipms, abs=1e-12)
+
+
 def test_a_refused_job_certifies_what_was_generated(discriminators):
     far = FAKE + np.float32(40)
     options = RefineOptions(progress=False, certificate=True)

@@ -7,17 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from complexity_reference import all_signs, signs, suprema
 from hypothesis import given
 from hypothesis import strategies as st
+from rademacher_reference import LARGEST, MAGNITUDE, NORM, all_signs, float_suprema, signs
 
 import refine_ext as rx
 
 CLASSES = {
-    "finite": (rx.rademacher, "magnitude"),
-    "one-sided": (lambda x, *a, **k: rx.rademacher(x, *a, absolute=False, **k), "largest"),
-    "linear": (lambda x, *a, **k: rx.rademacher_linear(x, 1.0, *a, **k), "norm"),
-    "l1": (lambda x, *a, **k: rx.rademacher_l1(x, 1.0, *a, **k), "magnitude"),
+    "finite": (rx.rademacher, MAGNITUDE),
+    "one-sided": (lambda x, *a, **k: rx.rademacher(x, *a, absolute=False, **k), LARGEST),
+    "linear": (lambda x, *a, **k: rx.rademacher_linear(x, 1.0, *a, **k), NORM),
+    "l1": (lambda x, *a, **k: rx.rademacher_l1(x, 1.0, *a, **k), MAGNITUDE),
 }
 classes = pytest.mark.parametrize(("function", "supremum"), CLASSES.values(), ids=CLASSES)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -37,15 +37,15 @@ def rounding(x: torch.Tensor) -> float:
 def test_each_supremum_is_that_of_the_signs(function, supremum, dtype, n, m):
     x = torch.randn(n, m).to(dtype)
     estimate = function(x, 20, 11, first_draw=3)
-    want = suprema(signs(n, 20, 11, 3), x.double().numpy(), supremum)
+    want = float_suprema(signs(n, 20, 3, 11), x.double().numpy(), supremum)
     # A norm sums the roundings of m columns.
-    allowed = rounding(x) * (math.sqrt(m) if supremum == "norm" else 1.0)
+    allowed = rounding(x) * (math.sqrt(m) if supremum == NORM else 1.0)
     np.testing.assert_allclose(estimate.suprema.numpy(), want, rtol=1e-15, atol=allowed)
     assert (estimate.n, estimate.draws, estimate.seed, estimate.ranges) == (n, 20, 11, ((3, 20),))
-    if supremum != "norm":
-        sums = signs(n, 20, 11, 3) @ x.double().numpy() / n
+    if supremum != NORM:
+        sums = signs(n, 20, 3, 11) @ x.double().numpy() / n
         chosen = sums[np.arange(20), estimate.argmax.numpy()]
-        np.testing.assert_allclose(np.abs(chosen) if supremum == "magnitude" else chosen, want, atol=2 * allowed)
+        np.testing.assert_allclose(np.abs(chosen) if supremum == MAGNITUDE else chosen, want, atol=2 * allowed)
 
 
 @given(
@@ -55,7 +55,7 @@ def test_each_supremum_is_that_of_the_signs(function, supremum, dtype, n, m):
 def test_strides_and_seeds_of_any_kind(n, m, skip, transposed, dtype, name, seed):
     x = (torch.randn(m, n).T if transposed else torch.randn(n * skip, m)[::skip]).to(dtype)
     function, supremum = CLASSES[name]
-    want = suprema(signs(n, 5, seed % 2**64), x.double().numpy(), supremum)
+    want = float_suprema(signs(n, 5, 0, seed % 2**64), x.double().numpy(), supremum)
     got = function(x, 5, seed).suprema
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-15, atol=rounding(x) * math.sqrt(m))
     assert torch.equal(got, function(x.contiguous(), 5, seed).suprema)
@@ -66,7 +66,7 @@ def test_strides_and_seeds_of_any_kind(n, m, skip, transposed, dtype, name, seed
 def test_all_sign_vectors_once(function, supremum, n, m):
     x = torch.randn(n, m, dtype=torch.float64)
     exact = function(x, "all")
-    want = suprema(all_signs(n), x.numpy(), supremum)
+    want = float_suprema(all_signs(n), x.numpy(), supremum)
     np.testing.assert_allclose(np.sort(exact.suprema.numpy()), np.sort(want), rtol=0, atol=1e-14)
     assert exact.stderr == 0.0 and exact.draws == exact.effective_draws == 2**n
     assert exact.upper(0.01) == float(exact) == float(exact.mean)
@@ -217,10 +217,10 @@ def test_upper_is_mcdiarmids():
 def test_effective_draws():
     x = torch.randn(3, 2)
     few = rx.rademacher(x, 500, 0)
-    want = len({tuple(row) for row in signs(3, 500, 0)})
+    want = len({tuple(row) for row in signs(3, 500, 0, 0)})
     assert few.effective_draws == want == 8
     assert rx.rademacher(x, 3, 7, first_draw=2**33).effective_draws == len(
-        {tuple(row) for row in signs(3, 3, 7, 2**33)}
+        {tuple(row) for row in signs(3, 3, 2**33, 7)}
     )
     assert rx.rademacher(torch.randn(63, 2), 300, 0).effective_draws == 300
     assert rx.rademacher(torch.randn(64, 2), 300, 0).effective_draws == 300
@@ -247,7 +247,7 @@ def test_the_gradient_is_the_maximisers_signs():
     x = torch.randn(200, 5, requires_grad=True)
     estimate = rx.rademacher(x, 60, 9)
     estimate.mean.backward()
-    sigma, want = signs(200, 60, 9), np.zeros((200, 5))
+    sigma, want = signs(200, 60, 0, 9), np.zeros((200, 5))
     sums = sigma @ x.detach().double().numpy()
     for k, j in enumerate(np.abs(sums).argmax(1)):
         want[:, j] += np.sign(sums[k, j]) * sigma[k] / (200 * 60)

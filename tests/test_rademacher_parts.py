@@ -243,3 +243,53 @@ def test_lower_estimates_give_no_upper_limit():
     for delta in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"Estimate\.upper: delta must be between 0 and 1"):
             rx.rademacher(torch.ones(5, 1), 4, 0).upper(delta)
+
+
+# ---- Where reading a number would wait for a device.
+
+
+def test_a_check_that_waits_runs_at_the_first_number_that_is_read():
+    def refuse():
+        runs.append(1)
+        raise ValueError("rademacher: outputs must be finite")
+
+    readings = (
+        float,
+        str,
+        repr,
+        lambda e: e.stderr,
+        lambda e: e.bound,
+        lambda e: e.upper(),
+        lambda e: e.to_dict(),
+        lambda e: e.merge(e),
+    )
+    for read in readings:
+        runs: list[int] = []
+        estimate = rx.Estimate(torch.rand(4), 10, ((0, 4),), 0, "f", largest=torch.ones(3), pending=refuse)
+        assert estimate.mean.shape == () and estimate.draws == 4 and not runs
+        with pytest.raises(ValueError, match="must be finite"):
+            read(estimate)
+    passed = rx.Estimate(torch.rand(4), 10, ((0, 4),), 0, "f", largest=1.0, pending=lambda: runs.append(2))
+    runs = []
+    assert float(passed) == passed.mean and passed.stderr > 0 and runs == [2]
+
+
+def test_shapes_without_values():
+    estimate = rx.rademacher(torch.empty(100, 4, device="meta"), 20, 0)
+    assert estimate.suprema.shape == (20,) and estimate.mean.device.type == "meta"
+    assert estimate.pending is not None
+    assert rx.rademacher(torch.empty(100, 4, device="meta"), 20, 0, nan_policy="propagate").pending is None
+
+
+@pytest.mark.cuda
+@classes
+def test_a_device_gives_the_bits_of_the_cpu_and_checks_at_the_first_reading(function, supremum):
+    x = torch.randn(2500, 20)
+    assert torch.equal(function(x.cuda(), 50, 3).suprema.cpu(), function(x, 50, 3).suprema)
+    streamed = function([part.cuda() for part in x.split(600)], 50, 3)
+    assert torch.equal(streamed.suprema.cpu(), function(x, 50, 3).suprema)
+    x[7, 3] = torch.nan
+    late = function(x.cuda(), 50, 3)
+    assert late.mean.isnan()
+    with pytest.raises(ValueError, match="must be finite, got NaN or infinity in column 3"):
+        float(late)

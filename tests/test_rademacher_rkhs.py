@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from complexity_reference import all_signs, signs
+from rademacher_reference import all_signs, signs
 
 import refine_ext as rx
 
@@ -26,7 +26,7 @@ def reference(gram: torch.Tensor, sigma: np.ndarray) -> np.ndarray:
 def test_each_supremum_is_that_of_the_signs(n, dtype):
     x = torch.randn(n, 3, dtype=dtype)
     gram = gaussian_kernel(x, x)
-    want = 2.0 * reference(gram, signs(n, 9, 5, 4))
+    want = 2.0 * reference(gram, signs(n, 9, 4, 5))
     estimate = rx.rademacher_rkhs(gram, 2.0, 9, 5, first_draw=4)
     # Half of n^2 values in [0, 1] are rounded to 21 bits or 52, and the root divides by 2 sup n^2.
     allowed = 4 * n * (2.0**-22 if dtype == torch.float32 else 2.0**-52) / (n**2 * want.min())

@@ -15,7 +15,7 @@ REFINE_EXT_KERNEL_TABLE(GuidanceFactorKernels, guidance_factor_kernels)
 
 namespace {
 
-constexpr int64_t kChunk = 64 * kStepBlock;  // elements of one task
+constexpr int64_t kChunk = 32 * kStepBlock;  // elements of one task
 // Below this waking a thread costs more than it saves.
 constexpr int64_t kGrain = 32768, kGrainNoisy = 16384, kGrainShort = 8192;
 constexpr int64_t kStreamBytes = int64_t{8} << 20;  // outputs beyond this do not stay in cache anyway

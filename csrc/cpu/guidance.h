@@ -26,7 +26,7 @@ struct StepRange {
   int64_t begin, end;
   bool stream;  // write past the caches; out + begin is aligned to a vector
 };
-inline constexpr int64_t kStepBlock = 128;
+inline constexpr int64_t kStepBlock = 256;
 
 // Samples of up to so many elements, contiguous in every tensor, are stepped side by side.
 inline constexpr int64_t kShortSample = 32;

@@ -6,9 +6,10 @@
 namespace refine_ext::REFINE_EXT_ISA {
 namespace {
 
-// Parts of the noise that are made side by side: as many as registers hold.
-template <class T>
-inline constexpr int kStepParts = sizeof(T) == 8 || kVectorBytes < 64 ? 2 : 4;
+// Parts of the noise that are made side by side, or of the elements without: as many as registers hold, of
+// float64 fewer, since its steps wait for memory.
+template <class T, bool kNoisy>
+inline constexpr int kStepParts = sizeof(T) == 8 ? 2 : (kVectorBytes < 64 ? 2 : 4) * (kNoisy ? 1 : 2);
 
 // The elements of kParts parts of the noise, pairs of vectors in the order of the state's storage T.
 template <class T, int kParts>
@@ -32,7 +33,7 @@ struct Block {
   template <bool kFirst, class U>
   REFINE_EXT_INLINE void add(V coefficient, const void* data, int64_t at) {
     const U* p = static_cast<const U*>(data) + at;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; j += 2) {
       const Pair<S> u = load_pair(p + j * kWidth);
       part[j] = kFirst ? coefficient * u.first : coefficient * u.first + part[j];
@@ -57,7 +58,7 @@ struct Block {
   }
 
   REFINE_EXT_INLINE void store(T* out, bool stream) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; j += kEvenOdd ? 2 : 1) {
       if constexpr (kEvenOdd) {
         const V words = even_odd_words({part[j], part[j + 1]});
@@ -98,7 +99,7 @@ template <class T, bool kNoisy>
 void step_range(const StepRange& argument) {
   const StepRange range = argument;  // which no store can change
   const NoiseLanes noise(range.sequence);
-  constexpr int kParts = kStepParts<T>;
+  constexpr int kParts = kStepParts<T, kNoisy>;
   constexpr int64_t kElements = Block<T, kParts>::kElements, kSmall = Block<T, 1>::kElements;
   static_assert(kStepBlock % kElements == 0);
   T* out = static_cast<T*>(range.out);

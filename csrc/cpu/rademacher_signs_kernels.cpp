@@ -135,13 +135,14 @@ template <class T>
 void write_normals(const MultipliersProblem& p, uint64_t draw, T* out) {
   using S = typename ComputeOf<T>::type;
   using V = Vec<S>;
+  constexpr int kParts = 2, kCount = kParts * kNumbers, kVectors = kCount / V::kWidth;
   const NoiseLanes lanes(NoiseSequence{p.seed, 0, draw, Stream::multiplier});
-  for (int64_t i = 0; i < p.n; i += 4 * V::kWidth) {
-    V z[4];
-    lanes.normals(static_cast<uint32_t>((p.first_row + i) / 4), z);
-    T values[4 * V::kWidth];
-    for (int j = 0; j < 4; ++j) store_as<S>(values + j * V::kWidth, z[j]);
-    std::memcpy(out + i, values, static_cast<size_t>(std::min<int64_t>(4 * V::kWidth, p.n - i)) * sizeof(T));
+  for (int64_t i = 0; i < p.n; i += kCount) {
+    V z[kVectors];
+    lanes.template normals<Order::consecutive, kParts>(static_cast<uint32_t>((p.first_row + i) / 4), z);
+    T values[kCount];
+    for (int j = 0; j < kVectors; ++j) store_as<S>(values + j * V::kWidth, z[j]);
+    std::memcpy(out + i, values, static_cast<size_t>(std::min<int64_t>(kCount, p.n - i)) * sizeof(T));
   }
 }
 

@@ -54,6 +54,7 @@ REFINE_EXT_INLINE Vec<double> load(const double* p) { return Vec<double>::load(p
 
 typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t UnalignedWords __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint16_t AllWords __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t UnalignedUnsigned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 
@@ -67,16 +68,12 @@ REFINE_EXT_INLINE Vec<float> load(const BFloat16* p) {
   return {(Vec<float>::Native)(wide << 16)};
 }
 
-// The upper half rounds to nearest even; of a NaN only if its lower half is 0.
-REFINE_EXT_INLINE Unsigned rounded_to_upper_half(Unsigned bits) {
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
-// NaN keeps a set mantissa bit.
+// Round to nearest even; NaN keeps a set mantissa bit.
 REFINE_EXT_INLINE void store(BFloat16* p, Vec<float> x) {
   const Unsigned bits = (Unsigned)x.v;
+  const Unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Unsigned quiet = (bits >> 16) | 0x40u;
-  const Unsigned chosen = (x != x).bits ? quiet : rounded_to_upper_half(bits) >> 16;
+  const Unsigned chosen = (x != x).bits ? quiet : rounded;
   *reinterpret_cast<UnalignedWords*>(p) = __builtin_convertvector(chosen, Words);
 }
 
@@ -165,12 +162,14 @@ REFINE_EXT_INLINE Pair<float> load_even_odd(const BFloat16* p) {
   return {{(Native)(words << 16)}, {(Native)(words & 0xffff0000u)}};
 }
 
-// As 32-bit words. The lower half of a NaN is 0, as of any NaN that an operation makes or passes on from a
-// bfloat16.
+// Rounded to nearest even, as 32-bit words: up where the lower half is above 2^15, or that and the upper half
+// is odd. The lower half of a NaN is 0, as of any NaN that an operation makes or passes on from a bfloat16.
 REFINE_EXT_INLINE Vec<float> even_odd_words(const Pair<float>& x) {
-  const Unsigned even = rounded_to_upper_half((Unsigned)x.first.v);
-  const Unsigned odd = rounded_to_upper_half((Unsigned)x.second.v);
-  return {(Vec<float>::Native)(even >> 16 | (odd & 0xffff0000u))};
+  const Unsigned even = (Unsigned)x.first.v, odd = (Unsigned)x.second.v;
+  const AllWords upper = (AllWords)(even >> 16 | (odd & 0xffff0000u));
+  const AllWords lower = (AllWords)((even & 0xffffu) | odd << 16);
+  const AllWords rounded = (lower | (upper & 1)) > 0x8000 ? upper + 1 : upper;
+  return {(Vec<float>::Native)rounded};
 }
 
 // S lanes starting at p, read from storage type T. The wider compute type of Form::power takes half as many

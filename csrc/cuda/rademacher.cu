@@ -18,7 +18,7 @@
 #if defined(REFINE_EXT_HOPPER)
 #include <cstdlib>
 
-#include "rademacher_hopper.h"
+#include "rademacher_hopper.cuh"
 #endif
 
 namespace refine_ext::cuda {

@@ -5,7 +5,7 @@
 // environment variable REFINE_EXT_WGMMA is 1 (tests/test_cuda_rademacher.py compares it with the other
 // kernel's bits).
 #if !defined(REFINE_EXT_CUDA_ON_CPU)
-#include "rademacher_hopper.h"
+#include "rademacher_hopper.cuh"
 
 namespace refine_ext::cuda {
 

@@ -8,8 +8,9 @@ namespace refine_ext::cuda {
 inline constexpr int kReduceThreads = 256;
 inline constexpr int kNormLanes = 16;
 
-// A thread a draw: its best of `tiles` tiles [tile][draw], and of those before it, which suprema and index
-// keep until the last ones are in. budget: registers 32, occupancy 100%
+// A thread a draw: its best of `tiles` tiles [tile][draw] and of those before, which suprema and index keep
+// until the last ones are in.
+// budget: registers 32, occupancy 100%
 __global__ void __launch_bounds__(kReduceThreads)
     best_kernel(const Best* parts, int64_t tiles, int64_t draws, double n, bool first, bool last,
                 double* suprema, int64_t* index) {
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 // 16 threads a draw, each a lane of the squares (RademacherProblem); `lanes` [draws][16] holds those of the
 // columns before.
-// budget: registers 32, occupancy 100%
+// budget: registers 32, shared 2048, occupancy 100%
 __global__ void __launch_bounds__(kReduceThreads)
     norm_kernel(const double* sums, int64_t columns, int64_t stride, int64_t draws, double n, bool first,
                 bool last, double* lanes, double* suprema, int64_t* index) {

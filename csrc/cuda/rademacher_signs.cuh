@@ -16,7 +16,7 @@ static_assert(kBackwardThreads == kSignsPerPhilox);
 template <class T>
 inline constexpr int kMultiplierWidth = kLanes<T> < 4 ? 4 : kLanes<T>;
 
-// budget: registers 48 (normal 64), occupancy 50%
+// budget: registers 32, occupancy 100%
 template <class T, bool kNormal>
 __global__ void __launch_bounds__(kMultiplierThreads)
     multipliers_kernel(const MultipliersProblem problem, int64_t packs_a_draw) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMultiplierThreads)
 
 // A block: 128 rows of 32 columns. Of 128 draws at a time those that chose one of its columns are put
 // together in their order, with the signs of the block's rows; every thread then adds them to its row.
-// budget: registers 64, shared 36864, occupancy 25%
+// budget: registers 48, shared 36672, occupancy 25%
 template <class T>
 __global__ void __launch_bounds__(kBackwardThreads)
     signs_backward_kernel(const RademacherBackwardProblem problem, int64_t column_tiles) {

@@ -271,8 +271,9 @@ __device__ __forceinline__ void sum_tile(const SumsTask& task, uint4 (&signs)[kG
   }
 }
 
-// Sums and their parts fill the registers: a word of a block of rows, none of a group's, waits in local memory.
-// budget: registers 256, local 8 (wide 0), shared 45056, occupancy 12%
+// Sums and their parts fill the registers: a word that is the same for a block of rows is in local memory.
+// budget: registers 256 (wide 224), local 8 (wide 0), shared 43008 (threads=64 33792, wide 33792,
+//     threads=64 wide 29184), occupancy 12%
 template <int kThreads, bool kWide>
 __global__ void __launch_bounds__(kThreads) sums_kernel(const SumsTask task) {
   using Tiles = WarpTiles<kThreads, kWide>;
