@@ -291,6 +291,7 @@ def test_every_instruction_set_has_the_same_bits():
 # ---- What the numbers are
 
 
+@pytest.mark.kernels("cpu", "cuda")  # thousands of draws, which are the same in the emulation, bit for bit
 @pytest.mark.parametrize("supremum", SUPREMA)
 def test_all_signs(supremum, device):
     """The mean over all 2^n signs is what the draws estimate, within five of their standard errors."""
