@@ -195,8 +195,8 @@ void rademacher_suprema(const RademacherProblem& p, void* memory, void* stream) 
       add_rows(op, matrix, groups, work.fixed, task, true, stream,
                [&](const FixedColumns& fixed, bool first) {
                  if (draw > 0) return;
-                 launch(op, largest_kernel, ceil_div(task.columns, kReduceThreads), kReduceThreads, stream,
-                        static_cast<const double*>(fixed.peaks), fixed.blocks, task.columns, first,
+                 launch(op, column_peaks_kernel, ceil_div(task.columns, kReduceThreads), kReduceThreads,
+                        stream, static_cast<const double*>(fixed.peaks), fixed.blocks, task.columns, first,
                         p.largest + column);
                });
       const bool first = column == 0, last = column + groups.columns >= p.m;
