@@ -195,7 +195,7 @@ void rademacher_suprema(const RademacherProblem& p, void* memory, void* stream) 
       add_rows(op, matrix, groups, work.fixed, task, true, stream,
                [&](const FixedColumns& fixed, bool first) {
                  if (draw > 0) return;
-                 launch(op, column_largest_kernel, ceil_div(task.columns, kReduceThreads), kReduceThreads,
+                 launch(op, column_peaks_kernel, ceil_div(task.columns, kReduceThreads), kReduceThreads,
                         stream, static_cast<const double*>(fixed.peaks), fixed.blocks, task.columns, first,
                         p.largest + column);
                });

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 // A thread a column: the largest of its blocks of rows, and of those before.
 // budget: registers 32, occupancy 100%
 __global__ void __launch_bounds__(kReduceThreads)
-    column_largest_kernel(const double* peaks, int64_t blocks, int64_t columns, bool first, double* largest) {
+    column_peaks_kernel(const double* peaks, int64_t blocks, int64_t columns, bool first, double* largest) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kReduceThreads + static_cast<int>(threadIdx.x);
   if (column >= columns) return;
   double peak = first ? 0.0 : largest[column];
