@@ -33,7 +33,7 @@ def table(certificate: RefinementCertificate) -> str:
     lines += [
         "",
         f"{'gain that proves the refined sample nearer':<46}{2 * c.deviation_term:>12.4g}, "
-        + ("exceeded: it is" if c.proven_nearer else "not exceeded: nothing is proven, it may be further off"),
+        + ("exceeded: it is nearer" if c.proven_nearer else "not exceeded: the gain proves nothing"),
         f"{'divergence of refined from generated':<46}{excess:>12.4g} nats, the gain is at least this less the gap",
         f"{'duality gap of the solver':<46}{c.duality_gap:>12.2g} nats",
         f"{'improvement of the dual objective, at least':<46}{c.certified_improvement:>12.4g} nats on unseen data"
