@@ -21,20 +21,24 @@ _LABELLED = 0.06  # of the longest bar: a shorter piece has no room for its numb
 
 
 def draw_terms(axes: Axes, certificate: RefinementCertificate, samples: Mapping[str, float]) -> None:
-    """A bar for each sample: its IPM to the real sample, the complexity term and the confidence term, which add up.
+    """A bar for each sample: its IPM to the real sample and the terms of the deviation, which add up.
 
     Args:
         samples: IPM to the real sample by name; the first is the unrefined one.
     """
     c = certificate
     longest = max(samples.values()) + c.deviation_term
-    for row, ipm in enumerate(samples.values()):
-        left = 0.0
-        pieces = (
-            (ipm, BEFORE if row == 0 else AFTER, "white", "IPM to the real sample"),
+    deviation = (
+        [(c.direct_term, _COMPLEXITY, "white", "direct deviation bound")]
+        if c.deviation == "direct"
+        else [
             (c.complexity_term, _COMPLEXITY, "white", "2 × Rademacher complexity"),
             (c.confidence_term, _CONFIDENCE, "black", "confidence term"),
-        )
+        ]
+    )
+    for row, ipm in enumerate(samples.values()):
+        left = 0.0
+        pieces = [(ipm, BEFORE if row == 0 else AFTER, "white", "IPM to the real sample"), *deviation]
         for width, colour, ink, label in pieces:
             axes.barh(row, width, 0.6, left=left, color=colour, label=label if row == 0 else None)
             if width > _LABELLED * longest:

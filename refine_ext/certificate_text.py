@@ -24,8 +24,7 @@ def table(certificate: RefinementCertificate) -> str:
     ]
     rows: list[tuple[str, float, float, str]] = [
         ("IPM to the real sample", c.ipm_unrefined, c.ipm_refined, ""),
-        ("2 x Rademacher complexity", c.complexity_term, c.complexity_term, f"upper limit, {c.complexity.draws} draws"),
-        ("confidence, 6M sqrt(log(2/d')/2n)", c.confidence_term, c.confidence_term, f"d' = {c.confidence_delta:g}"),
+        *((name, value, value, remark) for name, value, remark in _deviation_rows(c)),
         ("IPM to the data, at most", c.bound_unrefined, c.bound_refined, f"gain {c.gain:.4g}"),
     ]
     for name, before, after, remark in rows:
@@ -33,6 +32,8 @@ def table(certificate: RefinementCertificate) -> str:
     excess = c.divergence_value - c.divergence_at_one
     lines += [
         "",
+        f"{'gain that proves the refined sample nearer':<46}{2 * c.deviation_term:>12.4g}, "
+        + ("exceeded: it is nearer" if c.proven_nearer else "not exceeded: the gain proves nothing"),
         f"{'divergence of refined from generated':<46}{excess:>12.4g} nats, the gain is at least this less the gap",
         f"{'duality gap of the solver':<46}{c.duality_gap:>12.2g} nats",
         f"{'improvement of the dual objective, at least':<46}{c.certified_improvement:>12.4g} nats on unseen data"
@@ -49,6 +50,18 @@ def table(certificate: RefinementCertificate) -> str:
     for note in c.notes:
         lines += textwrap.wrap(f"note: {note}", _WIDTH, subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def _deviation_rows(c: RefinementCertificate) -> list[tuple[str, float, str]]:
+    """What bounds the real sample's own distance from the data: name, value, remark."""
+    if c.deviation == "direct":
+        return [
+            ("direct deviation bound", c.direct_term, f"M (1 + sqrt(2 log(1/d))) / sqrt(n), d = {c.confidence_delta:g}")
+        ]
+    return [
+        ("2 x Rademacher complexity", c.complexity_term, f"upper limit, {c.complexity.draws} draws"),
+        ("confidence, 6M sqrt(log(2/d')/2n)", c.confidence_term, f"d' = {c.confidence_delta:g}"),
+    ]
 
 
 def class_in_words(certificate: RefinementCertificate) -> str:

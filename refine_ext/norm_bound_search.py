@@ -38,8 +38,8 @@ class NormBoundSearch:
         certificate: the `RefinementCertificate` at B.
         rule: "certificate", "complexity", "unreachable" or "smallest": see `suggest_norm_bound`.
         reason: the rule in words.
-        deviation: of the class with B = 1, what the rule balances its IPM with: 2 R_n, and the confidence term unless
-            the rule is "complexity".
+        deviation: of the class with B = 1, what the rule balances its IPM with: the certificate's deviation_term / B,
+            or 2 R_n alone where the rule is "complexity".
         curve: one dict for each B that was tried, ascending: norm_bound; certified_improvement (nats);
             dual_value; unit_ipm and unit_bound, of the refined sample in the class with B = 1; ess.
     """
@@ -92,12 +92,14 @@ def suggest_norm_bound(
     draws: int | Literal["all"] = 1024,
     seed: int = 0,
     hull: bool = False,
+    deviation: Literal["rademacher", "direct"] = "rademacher",
     tolerance: float = 1e-7,
     progress: bool = False,
 ) -> NormBoundSearch:
     r"""The norm bound B whose certificate proves the most: the maximiser of
 
-    ``certified_improvement(B) = dual value(B) - f(1) - B deviation``, ``deviation = 2 R_n(H_1) + 6 M_1 sqrt(...)``,
+    ``certified_improvement(B) = dual value(B) - f(1) - B deviation``, ``deviation = 2 R_n(H_1) + 6 M_1 sqrt(...)``, or
+    ``M_1 (1 + sqrt(2 log(1/delta))) / sqrt(n)`` with ``deviation="direct"``,
 
     in nats: a lower bound, with probability 1 − delta, of how much closer to P the refined density ratio is than the
     unrefined one, in the Bregman divergence of f (`kl`: of the gain in log-likelihood on unseen data).
@@ -113,7 +115,8 @@ def suggest_norm_bound(
 
     Args:
         bounds: the B to try. Left out, B is doubled from 1 / feature_bound, then searched for between two of them.
-        real, fake, divergence, feature_bound, delta, draws, seed, hull, tolerance: as `refinement_certificate`.
+        real, fake, divergence, feature_bound, delta, draws, seed, hull, deviation, tolerance: as
+            `refinement_certificate`.
         progress: show a progress bar.
 
     Returns:
@@ -136,7 +139,9 @@ def suggest_norm_bound(
     ('certificate', 0.05)
     """
     name = "suggest_norm_bound"
-    problem = certificate_problem(name, real, fake, divergence, feature_bound, delta, draws, seed, hull, tolerance)
+    problem = certificate_problem(
+        name, real, fake, divergence, feature_bound, delta, draws, seed, hull, deviation, tolerance
+    )
     grid = None if bounds is None else sorted(positive(name, "bounds", b) for b in bounds)
     if grid is not None and not grid:
         raise ValueError(f"{name}: bounds must hold at least one number")
@@ -155,8 +160,8 @@ def suggest_norm_bound(
     search.bar.close()
     found = [search.found[bound] for bound in sorted(search.found)]
     rule, best = _choose(found, whole, noise) if reached else ("unreachable", _nearest(found))
-    deviation = noise if rule == "complexity" else whole
-    return NormBoundSearch(best.norm_bound, best, rule, deviation, [_point(c) for c in found])
+    balanced = noise if rule == "complexity" else whole
+    return NormBoundSearch(best.norm_bound, best, rule, balanced, [_point(c) for c in found])
 
 
 def _choose(found: list[RefinementCertificate], whole: float, noise: float) -> tuple[str, RefinementCertificate]:
@@ -196,9 +201,10 @@ class _Search:
         self.problem = problem
         self.found: dict[float, RefinementCertificate] = {}
         self.bar = tqdm(desc="norm bound", unit="solve", disable=not progress)
-        unit = problem.deviation(1.0)
-        self.deviation = unit["complexity_term"] + unit["confidence_term"]
-        self.noise = 2 * float(problem.complexity)
+        unit = problem.deviation_terms(1.0)
+        self.deviation = unit["complexity_term"] + unit["confidence_term"] + unit["direct_term"]
+        # With a delta near 1 the direct deviation can be the smaller one.
+        self.noise = min(2 * float(problem.complexity), self.deviation)
 
     def at(self, bound: float) -> RefinementCertificate:
         if bound not in self.found:

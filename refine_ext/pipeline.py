@@ -77,6 +77,7 @@ class RefineOptions:
     certificate: bool = False
     norm_bound: float | None = None
     delta: float = 0.05
+    deviation: str = "rademacher"
     progress: bool = True
 
 
@@ -274,11 +275,13 @@ def refine(
     """
     import torch
 
+    from .certificate import check_deviation
     from .density_ratio import density_ratio
 
     options = options or RefineOptions()
     if options.method not in METHODS:
         raise ValueError(f"refine: method must be one of {', '.join(METHODS)}, got {options.method!r}")
+    check_deviation("refine", options.deviation)
     if options.num is not None and options.num < 1:
         raise ValueError(f"refine: num must be at least 1, got {options.num}")
     check_pair(real, generated)

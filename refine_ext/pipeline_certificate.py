@@ -49,11 +49,18 @@ class JobCertificate:
         """What IPM_H(P, this sample) is at most; all of them hold at once."""
         return self.samples[name] + self.certificate.deviation_term
 
+    def proven_nearer(self, name: str) -> bool:
+        """Whether this sample is proven nearer to P than all generated rows: see `RefinementCertificate`."""
+        return self.samples["generated"] - self.samples[name] > 2 * self.certificate.deviation_term
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
         return {
             "class": self.features,
-            "samples": {name: {"ipm": ipm, "bound": self.bound(name)} for name, ipm in self.samples.items()},
+            "samples": {
+                name: {"ipm": ipm, "bound": self.bound(name), "proven_nearer": self.proven_nearer(name)}
+                for name, ipm in self.samples.items()
+            },
             "deviation_term": self.certificate.deviation_term,
             "certificate": self.certificate.to_dict(),
             "search": None
@@ -65,13 +72,20 @@ class JobCertificate:
     def lines(self) -> list[str]:
         """A few lines for the job's summary."""
         c = self.certificate
+        added = f"{c.complexity_term:.3g} complexity + {c.confidence_term:.3g} confidence"
+        if c.deviation == "direct":
+            added = f"{c.direct_term:.3g}, direct deviation bound"
+        proven = [name for name in self.samples if self.proven_nearer(name)]
         lines = [
             f"{'certificate':<12} with probability {c.probability:g} over {c.n} held-out real rows; linear in "
             f"{self.features}, norm bound {c.norm_bound:.3g}, |h| at most {c.function_bound:.3g}",
-            f"{'':<13}{'':<18}{'on real rows':>13}{'on the data':>13}   (the data's distribution: at most, + "
-            f"{c.complexity_term:.3g} complexity + {c.confidence_term:.3g} confidence)",
+            f"{'':<13}{'':<18}{'on real rows':>13}{'on the data':>13}   (the data's distribution: at most, + {added})",
         ]
         lines += [f"{'':<13}{name:<18}{ipm:>13.4g}{self.bound(name):>13.4g}" for name, ipm in self.samples.items()]
+        lines.append(
+            f"{'':<13}proven nearer to the data than `generated`: {', '.join(proven) or 'nothing'}; that takes "
+            f"{2 * c.deviation_term:.3g} less on the real rows"
+        )
         if self.search is not None:
             lines.append(f"{'':<13}norm bound: {self.search.reason}")
         return lines + [f"{'note':<12} {note}" for note in [*c.notes, *self.notes]]
@@ -148,7 +162,12 @@ def certify_job(
     rows = random_rows(np.random.default_rng(options.seed), len(generated), most)
     subset = take(generated, np.sort(rows), block_rows)
     features = _UnitFeatures(discriminator, subset, batch_rows)
-    shared: dict[str, Any] = {"feature_bound": 1.0, "delta": options.delta, "seed": options.seed}
+    shared: dict[str, Any] = {
+        "feature_bound": 1.0,
+        "delta": options.delta,
+        "seed": options.seed,
+        "deviation": options.deviation,
+    }
     arguments = (features(real[:most]), features(subset), options.divergence)
     search = None
     if options.norm_bound is None:

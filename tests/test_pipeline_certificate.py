@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,25 @@ def test_a_refused_job_certifies_what_was_generated(discriminators):
     assert list(refined.certificate.samples) == ["generated", "certificate's own"]
 
 
+@pytest.mark.parametrize("deviation", ["rademacher", "direct"])
+def test_what_is_proven_nearer(discriminators, deviation):
+    """Samples that are nearer by just more and just less than both deviations."""
+    found = job(discriminators["linear"], deviation=deviation).certificate
+    margin = 2 * found.certificate.deviation_term
+    assert found.certificate.deviation == deviation
+    for factor, proven in ((1.01, True), (0.99, False)):
+        found.samples = {"generated": 1.5 * margin, "written": (1.5 - factor) * margin}
+        assert found.proven_nearer("written") is proven and not found.proven_nearer("generated")
+        assert found.to_dict()["samples"]["written"]["proven_nearer"] is proven
+        line = next(line for line in found.lines() if "proven nearer" in line)
+        assert (": written;" if proven else ": nothing;") in line and f"{margin:.3g} less" in line
+
+
+def test_an_unknown_deviation_is_refused_before_the_fit():
+    with pytest.raises(ValueError, match="refine: deviation must be one of rademacher, direct, got 'other'"):
+        refine(ArrayRows(REAL), ArrayRows(FAKE), RefineOptions(deviation="other"))
+
+
 def test_what_it_cannot_certify(discriminators):
     disc = rx.fit_discriminator(
         torch.randn(60, 2, 3), torch.randn(60, 2, 3), model=Small(), progress=False, max_epochs=1
@@ -176,6 +196,16 @@ def test_the_command(discriminators, tmp_path):
     unknown = run("--certificate", "--norm-bound", "0.5")
     assert unknown.exit_code == 0 and "norm bound 0.5" in unknown.output
     assert "may have been trained on the rows that judge it" in unknown.output
+
+    direct = run("--certificate", "--deviation", "direct", "--norm-bound", "0.5", "--report", tmp_path / "d.png")
+    assert direct.exit_code == 0 and "direct deviation bound" in direct.output, direct.output
+    made = json.loads((tmp_path / "d.json").read_text())
+    facts = made["certificate"]["certificate"]
+    assert made["options"]["deviation"] == facts["deviation"] == "direct" and facts["complexity_term"] == 0
+    rate = (1 + math.sqrt(2 * math.log(20))) / math.sqrt(facts["n"])
+    assert facts["deviation_term"] == facts["direct_term"] == pytest.approx(0.5 * rate, rel=1e-12)
+    assert "6 M" not in direct.output and f"{2 * facts['deviation_term']:.3g} less" in direct.output
+    assert run("--certificate", "--deviation", "other").exit_code == 2
 
     for wrong in (["--norm-bound", "0"], ["--norm-bound", "inf"], ["--norm-bound", "x"], ["--delta", "0"]):
         assert run("--certificate", *wrong).exit_code == 2
