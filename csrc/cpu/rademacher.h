@@ -11,8 +11,8 @@
 //
 // Memory beside inputs and results, per thread: for d = min(draws, kChunkDraws) draws
 // 400 d bytes of signs and running sums, 128 d for each of at most kPanelBlocks blocks of 16 columns of
-// float64 sums, and 310 KB of columns and tables: 1.8 MB at most, whatever n, m and draws are; and where sums
-// are screened, 200 bytes for each of at most kScreenedDraws draws.
+// float64 sums, and 360 KB of columns and tables: 1.8 MB at most, whatever n, m and draws are; and where sums
+// are screened, 200 bytes for each of at most kScreenedDraws draws, and 512 bytes for each in all.
 #pragma once
 
 #include <cstdint>

@@ -55,7 +55,7 @@ std::vector<std::vector<int64_t>> chosen_draws(const RademacherProblem& p, const
                                                Screening& found) {
   const int64_t width = row_columns(p.storage), blocks = divide_up(p.m, width);
   std::vector<std::vector<int64_t>> chosen(blocks);
-  int64_t room = blocks * p.draws / 3;  // beyond which summing everything costs less
+  int64_t room = p.draws * std::min<int64_t>(blocks / 3, 64);  // beyond which summing everything costs less
   for (int64_t k = 0; k < p.draws && room >= 0; ++k) {
     float floor = -HUGE_VALF;
     for (int64_t part = 0; part < grid.parts; ++part)
