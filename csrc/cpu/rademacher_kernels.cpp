@@ -1,5 +1,6 @@
 // Exact sums under signs by tables (csrc/cpu/rademacher.h), compiled once per instruction set.
 #include <array>
+#include <bit>
 #include <limits>
 
 #include "rademacher_tables.h"
@@ -7,27 +8,42 @@
 namespace refine_ext::REFINE_EXT_ISA {
 namespace {
 
-// x * 2^shift in two factors, neither of which leaves the type's range.
-template <class S>
-struct Scale {
-  S first, second, limit;
-};
-
-// |x| in fixed point as an integer: adding 2^(mantissa bits) rounds to nearest even.
-template <class S>
-REFINE_EXT_INLINE typename Vec<S>::Bits fixed_magnitude(Vec<S> size, Vec<S> first, Vec<S> second,
-                                                        Vec<S> limit) {
-  const Vec<S> one_unit = Vec<S>::splat(sizeof(S) == 4 ? S(0x1p23) : S(0x1p52));
-  const Vec<S> scaled = size * first * second;
-  // NaN where the limit is 0
-  const Vec<S> bounded = select(scaled < limit, scaled, limit);
-  return (typename Vec<S>::Bits)(bounded + one_unit).v - (typename Vec<S>::Bits)one_unit.v;
-}
-
 template <class S>
 REFINE_EXT_INLINE Vec<S> magnitude_of(Vec<S> x) {
   using Integer = typename Vec<S>::Integer;
   return {(typename Vec<S>::Native)((typename Vec<S>::Bits)x.v & std::numeric_limits<Integer>::max())};
+}
+
+// x * 2^shift, in two factors of which neither leaves the type's range, to the nearest integer, ties to even,
+// and no further than the limit; a limit of 0 makes NaN 0.
+template <class S>
+struct Scale {
+  Vec<S> first, second, limit;
+};
+
+template <class S>
+REFINE_EXT_INLINE typename Vec<S>::Bits to_integer(Vec<S> x, const Scale<S>& scale) {
+  using V = Vec<S>;
+  using Bits = typename V::Bits;
+  const V scaled = x * scale.first * scale.second;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    const __m512i limit = _mm512_cvtps_epi32((__m512)scale.limit.v);
+    const __m512i integer = _mm512_cvtps_epi32((__m512)scaled.v);
+    return (Bits)_mm512_max_epi32(_mm512_min_epi32(integer, limit), _mm512_sub_epi32(__m512i{}, limit));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    const __m256i limit = _mm256_cvtps_epi32((__m256)scale.limit.v);
+    const __m256i integer = _mm256_cvtps_epi32((__m256)scaled.v);
+    return (Bits)_mm256_max_epi32(_mm256_min_epi32(integer, limit), _mm256_sub_epi32(__m256i{}, limit));
+  }
+#endif
+  // Adding 2^(mantissa bits) rounds.
+  const V one_unit = V::splat(sizeof(S) == 4 ? S(0x1p23) : S(0x1p52));
+  const V size = magnitude_of(scaled), bounded = select(size < scale.limit, size, scale.limit);
+  const Bits sign = (Bits)x.v >> (8 * static_cast<int>(sizeof(S)) - 1);
+  return (((Bits)(bounded + one_unit).v - (Bits)one_unit.v) ^ sign) - sign;
 }
 
 // Columns of one block of rows, [rows][kColumns], to integers in place, with back[j] to return.
@@ -40,30 +56,62 @@ class FixedColumns {
   using Bits = typename V::Bits;
   static constexpr int kColumns = Row<E>::kColumns, kParts = Row<E>::kParts, kWidth = V::kWidth;
 
-  // peak(j): the largest |value| of a column.
-  template <class Peak>
-  FixedColumns(S* staged, int64_t rows, int digits, double* back, const Peak& peak)
+  // The columns are those from `column` on of what was staged last.
+  template <class Staged>
+  FixedColumns(S* staged, int64_t rows, int digits, double* back, const Staged& staging, int64_t column)
       : rows_(rows), fixed_(staged) {
     const int certain = sizeof(S) == 8 ? kFixedBits64 : certain_bits(rows);
+    const bool free = sizeof(S) == 4 && 8 * digits - 1 > certain;  // bits are chosen by magnitudes
+    bool decided = true;
+    FixedPoint points[kColumns];
     int bits[kColumns];
-    std::fill(bits, bits + kColumns, sizeof(S) == 8 ? certain : std::min(certain, 8 * digits - 1));
-    if (sizeof(S) == 4 && 8 * digits - 1 > certain) {
-      for (int j = 0; j < kColumns; ++j) set_scale(j, peak(j), certain);
+    for (int j = 0; j < kColumns; ++j) {
+      bits[j] = sizeof(S) == 8 ? certain : std::min(certain, 8 * digits - 1);
+      points[j] = fixed_point(staging.largest(column + j), bits[j]);
+      if (free && points[j].back > 0.0)
+        decided &= choose_bits(staging.sum(column + j), points[j], digits, bits[j]);
+    }
+    if (!decided) {
+      for (int j = 0; j < kColumns; ++j) set_scale(j, points[j], certain);
       const std::array<uint64_t, kColumns> magnitudes = sum_magnitudes();
       for (int j = 0; j < kColumns; ++j) bits[j] = fixed_bits(rows, magnitudes[j], digits);
     }
-    for (int j = 0; j < kColumns; ++j) back[j] = set_scale(j, peak(j), bits[j]);
+    for (int j = 0; j < kColumns; ++j) {
+      // More bits than were certain: float32 values, whose shifts have no limit to run into.
+      const int more = free ? bits[j] - certain : 0;
+      points[j].shift += more;
+      points[j].back /= static_cast<double>(1 << more);
+      set_scale(j, points[j], bits[j]);
+      back[j] = points[j].back;
+    }
     to_integers();
   }
 
  private:
-  double set_scale(int j, double peak, int bits) {
-    const FixedPoint point = fixed_point(peak, bits);
+  // By a float32 sum of magnitudes, off by some roundings, instead of the sum of integers; false: it may be
+  // either of two numbers of bits.
+  bool choose_bits(S sum, const FixedPoint& certain, int digits, int& bits) const {
+    const double integers = static_cast<double>(sum) / certain.back;
+    const double off = 2e-4 * integers + 2.0 * static_cast<double>(rows_);
+    if (!(integers + off < 0x1p40)) return false;  // overflown
+    bits = fixed_bits(rows_, static_cast<uint64_t>(std::max(0.0, integers - off)), digits);
+    return bits == fixed_bits(rows_, static_cast<uint64_t>(integers + off), digits);
+  }
+
+  void set_scale(int j, const FixedPoint& point, int bits) {
     const int half = point.shift / 2;
-    first_[j] = static_cast<S>(std::ldexp(1.0, half));
-    second_[j] = static_cast<S>(std::ldexp(1.0, point.shift - half));
+    first_[j] = power_of_two(half);
+    second_[j] = power_of_two(point.shift - half);
     limit_[j] = point.back == point.back ? static_cast<S>((int64_t{1} << bits) - 1) : S(0);
-    return point.back;
+  }
+
+  // Of an exponent that is far from the ends of the type's range.
+  static S power_of_two(int exponent) {
+    if constexpr (sizeof(S) == 4) {
+      return std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23);
+    } else {
+      return std::bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
+    }
   }
 
   std::array<uint64_t, kColumns> sum_magnitudes() const {
@@ -71,7 +119,8 @@ class FixedColumns {
     for (int64_t i = 0; i < rows_; ++i) {
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
-        sum[p] += magnitude(V::load(fixed_ + i * kColumns + p * kWidth), p * kWidth);
+        const Bits integer = to_integer<S>(V::load(fixed_ + i * kColumns + p * kWidth), scale(p));
+        sum[p] += integer < 0 ? -integer : integer;
       }
     }
     std::array<uint64_t, kColumns> sums;
@@ -80,22 +129,20 @@ class FixedColumns {
   }
 
   void to_integers() {
+    Scale<S> scales[kParts];
+    for (int p = 0; p < kParts; ++p) scales[p] = scale(p);
     for (int64_t i = 0; i < rows_; ++i) {
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
         S* at = fixed_ + i * kColumns + p * kWidth;
-        const V x = V::load(at);
-        const Bits sign = (Bits)x.v >> (8 * static_cast<int>(sizeof(S)) - 1);
-        const Bits integer = (magnitude(x, p * kWidth) ^ sign) - sign;
-        V{(typename V::Native)integer}.store(at);
+        V{(typename V::Native)to_integer<S>(V::load(at), scales[p])}.store(at);
       }
     }
     std::memset(fixed_ + rows_ * kColumns, 0, Narrow::kRows * kRowBytes);  // the most that a step lacks
   }
 
-  REFINE_EXT_INLINE Bits magnitude(V x, int column) const {
-    return fixed_magnitude<S>(magnitude_of(x), V::load(first_ + column), V::load(second_ + column),
-                              V::load(limit_ + column));
+  Scale<S> scale(int p) const {
+    return {V::load(first_ + p * kWidth), V::load(second_ + p * kWidth), V::load(limit_ + p * kWidth)};
   }
 
   int64_t rows_;
@@ -146,10 +193,21 @@ void add_sums_of(const RademacherPanel& panel) {
         double& largest = panel.largest[stage + j];
         largest = peak > largest || peak != peak ? peak : largest;
       }
+      const bool beside = stage + kStaged * kColumns < panel.columns, below = row + rows < panel.n;
+      const T* next = beside  ? data + kStaged * kColumns
+                      : below ? data - stage + rows * panel.stride
+                              : nullptr;
+      const int64_t next_columns =
+          std::min<int64_t>(kStaged * kColumns, panel.columns - (beside ? stage + columns : 0));
+      Ahead ahead(next, panel.stride * static_cast<int64_t>(sizeof(T)),
+                  beside ? rows : std::min(kSignBlock, panel.n - row - rows),
+                  next_columns * static_cast<int64_t>(sizeof(T)),
+                  Shape::steps(rows) * ((columns + kColumns - 1) / kColumns));
       for (int64_t column = 0; column < columns; column += kColumns, staged += block_rows * kColumns) {
-        FixedColumns<T>(staged, rows, panel.digits, back, [&](int j) { return staging.largest(column + j); });
+        FixedColumns<T>(staged, rows, panel.digits, back, staging, column);
         for (int64_t s = 0; s < Shape::steps(rows); ++s) {
           const int64_t first = s * Shape::kRows;
+          ahead.step();
           add_step<E, Shape>(reinterpret_cast<const Row<E>*>(staged) + first, rows - first,
                              scratch.words + s * padded, panel.draws, scratch.tables, running);
         }

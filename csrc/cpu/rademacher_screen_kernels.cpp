@@ -20,16 +20,11 @@ struct Errors {
   V residual[kParts], size[kParts];
 };
 
-// `rows` rows of float32 become int16, in place; back[j] returns them.
-void to_integers(float* staged, int64_t rows, float* back, Errors& errors) {
+// `rows` rows of float32 become int16, in place; back[j] returns them. sums: of their magnitudes.
+void to_integers(float* staged, int64_t rows, const float* sums, float* back, Errors& errors) {
   constexpr float kLimit = 32500.0f;  // and half a unit of rounding for each of kRows
   V sum[kParts];
-  for (V& s : sum) s = V::splat(0);
-  for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int p = 0; p < kParts; ++p)
-      sum[p] = sum[p] + magnitude_of(V::load(staged + i * kColumns + p * V::kWidth));
-  }
+  for (int p = 0; p < kParts; ++p) sum[p] = V::load(sums + p * V::kWidth);
   V scale[kParts], unit[kParts], residual[kParts];
   const V zero = V::splat(0), limit = V::splat(kLimit);
 #pragma GCC unroll 8
@@ -100,11 +95,22 @@ bool add_sums_of(const RademacherPanel& panel, float* error) {
         const int64_t part = std::min(kRows, rows - first);
         const T* data = static_cast<const T*>(panel.outputs) + (row + first) * panel.stride + stage;
         float* staged = reinterpret_cast<float*>(scratch.fixed);
-        staging[stage / (kStaged * kColumns)].read(data, panel.stride, part, columns, staged, block_rows);
+        auto& values = staging[stage / (kStaged * kColumns)];
+        values.read(data, panel.stride, part, columns, staged, block_rows);
+        // Of the same columns, further down.
+        const int64_t left = std::min(kRows, panel.n - row - first - part),
+                      blocks = (columns + kColumns - 1) / kColumns;
+        Ahead ahead(left > 0 ? data + part * panel.stride : nullptr,
+                    panel.stride * static_cast<int64_t>(sizeof(T)), left,
+                    columns * static_cast<int64_t>(sizeof(T)), Wide::steps(part) * blocks);
         for (int64_t column = stage; column < stage + columns;
              column += kColumns, staged += block_rows * kColumns) {
-          to_integers(staged, part, back, errors[column / kColumns]);
+          alignas(64) float magnitudes[kColumns];
+          for (int j = 0; j < kColumns; ++j)
+            magnitudes[j] = static_cast<float>(values.sum(column - stage + j));
+          to_integers(staged, part, magnitudes, back, errors[column / kColumns]);
           for (int64_t s = 0; s < Wide::steps(part); ++s) {
+            ahead.step();
             add_step<int16_t, Wide>(
                 reinterpret_cast<const Row<int16_t>*>(staged) + s * Wide::kRows, part - s * Wide::kRows,
                 scratch.words + (first / Wide::kRows + s) * padded, panel.draws, scratch.tables, running);

@@ -74,7 +74,7 @@ inline PanelScratch divide(void* scratch, int64_t n, int64_t draws) {
 }
 
 // Reads blocks of kColumns columns as Out, each into rows of its own, and keeps the largest |value| of each
-// column: as integers, NaN are the largest.
+// column (as integers, NaN are the largest), and the sum of |values| of what was read last.
 template <class T, class Out, int kColumns>
 class Staging {
  public:
@@ -84,6 +84,9 @@ class Staging {
 
   // At most kStaged blocks; out [blocks][block_rows][kColumns].
   void read(const T* data, int64_t stride, int64_t rows, int64_t columns, Out* out, int64_t block_rows) {
+    for (auto& block : sum_) {
+      for (W& sum : block) sum = W::splat(0);
+    }
     switch (columns / kColumns) {
       case 0:
         break;
@@ -112,6 +115,8 @@ class Staging {
     return static_cast<double>(W{(typename W::Native)own}.v[j % W::kWidth]);
   }
 
+  S sum(int64_t j) const { return sum_[j / kColumns][j % kColumns / W::kWidth].v[j % W::kWidth]; }
+
  private:
   static constexpr int kParts = kColumns / W::kWidth;
 
@@ -132,6 +137,7 @@ class Staging {
       const Bits size = (Bits)x.v & std::numeric_limits<typename W::Integer>::max();
       Bits& peak = peak_[b][p];
       peak = size > peak ? size : peak;
+      sum_[b][p] = sum_[b][p] + W{(typename W::Native)size};
       put(out + p * W::kWidth, x);
     }
   }
@@ -143,6 +149,29 @@ class Staging {
   }
 
   Bits peak_[kStaged][kParts] = {};
+  W sum_[kStaged][kParts] = {};
+};
+
+// Brings the values that are read next into L2, some at each step of the sums before: rows may be pages
+// apart, where no hardware looks ahead.
+class Ahead {
+ public:
+  Ahead(const void* data, int64_t row_bytes, int64_t rows, int64_t bytes, int64_t steps)
+      : row_(static_cast<const char*>(data)),
+        end_(row_ + rows * row_bytes),
+        row_bytes_(row_bytes),
+        bytes_(bytes),
+        rows_each_(data ? (rows + steps - 1) / steps : 0) {}
+
+  REFINE_EXT_INLINE void step() {
+    for (int64_t i = 0; i < rows_each_ && row_ < end_; ++i, row_ += row_bytes_) {
+      for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(row_ + b, 0, 2);
+    }
+  }
+
+ private:
+  const char *row_, *end_;
+  int64_t row_bytes_, bytes_, rows_each_;
 };
 
 // The two halves of Philox block `index` of kWidth draws.
