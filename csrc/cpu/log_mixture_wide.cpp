@@ -48,7 +48,7 @@ class Forward {
 void Forward::chunk(Workspace& own, int64_t first_row, int64_t rows, int64_t first,
                     MixtureState* states) const {
   const WideCenters& centers = pairs_.centers();
-  int64_t row[kRowBlock];
+  int64_t row[kRowBlock] = {};
   for (int64_t r = 0; r < rows; ++r) row[r] = first_row + r;
   pairs_.visit(own.pairs, row, rows, first, std::min(kChunk, centers.n - first), nullptr,
                [&](int64_t r, const float* distances, const int32_t* chosen, int64_t count) {

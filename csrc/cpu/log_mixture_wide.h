@@ -80,7 +80,7 @@ struct WideSums {
   int32_t* index;      // working memory: [n + kGradientTile]
   float* packed;       // [kGradientRows][n + kGradientTile]
 };
-inline constexpr int64_t kGradientRows = 32, kGradientTile = 4;
+inline constexpr int64_t kGradientRows = 16, kGradientTile = 4;
 
 struct WideGradientKernels {
   // w[0, n) of a row, from distances as for `reduce`. weights[j] += g p_j and squares[j] += g p_j |x -

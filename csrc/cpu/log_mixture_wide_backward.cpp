@@ -5,7 +5,7 @@
 // each of a block of centres, and what the values take.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 
 #include "dispatch.h"
 #include "log_mixture_backward.h"
@@ -21,7 +21,7 @@ REFINE_EXT_KERNEL_TABLE(WideGradientKernels, wide_gradient_kernels)
 
 namespace {
 
-// As many as a float32 sum takes well.
+// Blocks of as many as a float32 sum takes well.
 constexpr int64_t kBlockRows = 256, kBlockCenters = 512;
 // Weights of less than 2^-80 are zero.
 constexpr double kSpan = 80.0;
@@ -79,6 +79,10 @@ class WideBlocks {
       const double grad = plan_.problem.grad[i], value = plan_.problem.value[i];
       // No gradient, whatever x is: a row without centres stays without.
       if (grad == 0.0 || value == -HUGE_VAL) continue;
+      if (value != value) {
+        set_unknown(i - begin, first, n);
+        continue;
+      }
       const double log2_value = kLog2E * value;
       least[count] = log2_value - kSpan;
       row[count] = {log2_value, plan_.over_rows() ? grad : 1.0, least[count]};
@@ -110,6 +114,15 @@ class WideBlocks {
       double* to = total_.data() + (rows[r] - begin) * stride_;
       for (int64_t k = 0; k < in_.d; ++k) to[k] += from[k];
     }
+  }
+
+  // All that a row of NaN has a part in. Not by its weights: where there is no weight there may be infinity.
+  void set_unknown(int64_t r, int64_t first, int64_t n) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    if (plan_.problem.grad_x) std::fill_n(total_.data() + r * stride_, stride_, nan);
+    if (plan_.weights) std::fill_n(plan_.weights + first, n, nan);
+    if (plan_.squares) std::fill_n(plan_.squares + first, n, nan);
+    if (plan_.slopes) std::fill_n(static_cast<float*>(plan_.slopes) + first * in_.d, n * in_.d, nan);
   }
 
   template <class T>

@@ -16,7 +16,7 @@ constexpr int kTile = 4;
 #else
 constexpr int kTile = 2;
 #endif
-constexpr int64_t kPieceDimensions = 128;
+constexpr int64_t kPieceDimensions = 256;
 static_assert(kGradientTile % kTile == 0 && kGradientRows % kTile == 0);
 
 bool weights(const WideCenters& centers, int64_t first, int64_t n, bool with_rate, const float* x,
@@ -28,7 +28,6 @@ bool weights(const WideCenters& centers, int64_t first, int64_t n, bool with_rat
   const double* rate = centers.rate + first;
   bool some = false;
   for (int64_t c = 0; c < count; c += kWidth) {
-    // Not of NaN, which is to reach the result.
     bool below = true;
     for (int l = 0; l < kWidth; ++l) below &= t[c + l] < row.least;
     const int64_t lanes = std::min<int64_t>(kWidth, count - c);
@@ -129,7 +128,6 @@ int64_t union_of(const WideSums& task, int64_t begin, int64_t rows) {
   int64_t found = 0, j = 0;
   for (; j + kWidth <= task.n; j += kWidth) {
     V::Bits some{};
-    // NaN differs from zero too.
     for (int64_t r = begin; r < begin + rows; ++r)
       some |= (V::load(task.w + r * task.n + j) != V::splat(0)).bits;
     if (!any(VecMask<float>{some})) continue;
