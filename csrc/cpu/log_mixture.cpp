@@ -40,10 +40,11 @@ class Forward {
     // Rows are divided while each thread has some units; or else their centres are.
     if (chunks_ == 1 || threads == 1 || units >= 2 * threads) {
       const double work = static_cast<double>(kUnit * in_.n) * static_cast<double>(in_.d + 8);
-      const int64_t grain = 1 + static_cast<int64_t>(kLeastWork / work);
-      parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-        for_rows(begin * kUnit, std::min(end * kUnit, in_.m));
-      });
+      const int64_t least = 1 + static_cast<int64_t>(kLeastWork / work);
+      // Some blocks for each thread; of more than one unit an even number, which fills the widest lanes.
+      const int64_t share = (units + 4 * threads - 1) / (4 * threads);
+      const int64_t block = threads == 1 ? units : std::max(least, share > 1 ? (share + 1) / 2 * 2 : 1);
+      for_rows(std::min(block * kUnit, plan_.block_rows), threads);
     } else {
       for (int64_t first = 0; first < in_.m; first += plan_.block_rows) {
         share_centers(first, std::min(plan_.block_rows, in_.m - first));
@@ -56,18 +57,21 @@ class Forward {
   static constexpr double kLeastWork = 1 << 20;  // of a thread, in operations on numbers: some 20 us
   static constexpr int64_t kSharedBytes = 64 << 20;
 
-  void for_rows(int64_t begin, int64_t end) const {
-    const int64_t most = std::min(plan_.block_rows, end - begin);
-    const Scratch<char> memory(kernels_.memory_bytes(in_, plan_, most, p_.mean));
-    const Sums total(most, mean_columns_), part(chunks_ > 1 ? most : 0, mean_columns_);
-    for (int64_t first = begin; first < end; first += most) {
-      const int64_t rows = std::min(most, end - first);
-      for (int64_t c = 0; c < chunks_; ++c) {
-        add(first, rows, c, c == 0 ? total : part, memory.data());
-        if (c > 0) merge(part, rows, total);
+  // Blocks of `most` rows.
+  void for_rows(int64_t most, int64_t threads) const {
+    most = std::min(most, in_.m);
+    share((in_.m + most - 1) / most, threads, [&](const auto& next) {
+      const Scratch<char> memory(kernels_.memory_bytes(in_, plan_, most, p_.mean));
+      const Sums total(most, mean_columns_), part(chunks_ > 1 ? most : 0, mean_columns_);
+      for (int64_t block; (block = next()) >= 0;) {
+        const int64_t first = block * most, rows = std::min(most, in_.m - first);
+        for (int64_t c = 0; c < chunks_; ++c) {
+          add(first, rows, c, c == 0 ? total : part, memory.data());
+          if (c > 0) merge(part, rows, total);
+        }
+        write(first, rows, total);
       }
-      write(first, rows, total);
-    }
+    });
   }
 
   // As many chunks at a time as memory allows, each on one thread.

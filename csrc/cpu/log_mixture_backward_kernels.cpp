@@ -342,7 +342,7 @@ void block(const MixtureBackwardPlan& plan, int64_t row_block, int64_t center_bl
 template <class S, class T>
 void finish(const MixtureBackwardPlan& plan, int64_t row_block, void* scratch) {
   const Scene<S> at(plan, scratch);
-  constexpr int64_t kRows = Scene<S>::kRows, kWidth = Scene<S>::kWidth;
+  constexpr int64_t kRows = Scene<S>::kRows;
   const MixtureInputs& in = plan.problem.in;
   const int64_t first = row_block * plan.rows, rows = at.rows_of(row_block), d = at.d;
   T* out = static_cast<T*>(plan.problem.grad_x);

@@ -19,13 +19,12 @@ void run_blocks(const MixtureBackwardPlan& plan, const Make& make) {
   const MixtureInputs& in = plan.problem.in;
   const int64_t row_blocks = (in.m + plan.rows - 1) / plan.rows;
   const int64_t center_blocks = (in.n + plan.centers - 1) / plan.centers;
-  const int64_t threads = in.m * in.n * (in.d + 8) < kLeastWork ? 1 : std::min(num_threads(), row_blocks);
+  const int64_t threads = in.m * in.n * (in.d + 8) < kLeastWork ? 1 : num_threads();
   std::vector<std::atomic<int64_t>> finished(row_blocks);  // blocks of centres
-  std::atomic<int64_t> next_rows = 0;
   // Each takes the next block of rows, so that the one before is at work or done, however few threads come.
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  share(row_blocks, threads, [&](const auto& next) {
     auto own = make();
-    for (int64_t rows; (rows = next_rows++) < row_blocks;) {
+    for (int64_t rows; (rows = next()) >= 0;) {
       own.begin(rows);
       for (int64_t centers = 0; centers < center_blocks; ++centers) {
         while (plan.over_rows() && rows > 0 &&

@@ -88,11 +88,11 @@ void Forward::run() const {
   const int64_t rows = std::clamp<int64_t>(divide_up(m, threads), 1, kRowBlock), blocks = divide_up(m, rows);
   const bool mean = p_.mean != nullptr;
   if (blocks >= threads || chunks == 1) {
-    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    share(blocks, threads, [&](const auto& next_block) {
       Workspace own(pairs_, mean, stride);
       std::vector<double> sums(mean ? rows * stride : 0);
       MixtureState states[kRowBlock], next[kRowBlock];
-      for (int64_t block = begin; block < end; ++block) {
+      for (int64_t block; (block = next_block()) >= 0;) {
         const int64_t i = block * rows, count = std::min(rows, m - i);
         std::fill(states, states + kRowBlock, MixtureState{});
         std::fill(sums.begin(), sums.end(), 0.0);
@@ -111,9 +111,9 @@ void Forward::run() const {
   // Few rows: threads share their chunks.
   std::vector<MixtureState> states(chunks * m);
   std::vector<double> sums(mean ? chunks * m * stride : 0);
-  parallel_for(0, chunks * blocks, 1, [&](int64_t begin, int64_t end) {
+  share(chunks * blocks, threads, [&](const auto& next) {
     Workspace own(pairs_, mean, stride);
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; (task = next()) >= 0;) {
       const int64_t c = task / blocks, i = task % blocks * rows, count = std::min(rows, m - i);
       chunk(own, i, count, c * kChunk, states.data() + c * m + i);
       if (mean) std::copy_n(own.sums.data(), count * stride, sums.data() + (c * m + i) * stride);
