@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from .diffusion_terms import (
     schedule_of,
 )
 from .forward_process import ForwardProcess
+from .results import JSONResult
 from .samples import as_tensor
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, repr=False)
-class DiffusionBound:
+class DiffusionBound(JSONResult):
     """Every term of ``A + sqrt2 R B + sqrt2 R C + L_sm`` at one T, in nats. Made by `diffusion_bound`.
 
     A `Term` is (value, stderr), the standard error that of the Monte Carlo alone; a term without any has 0.
@@ -111,17 +111,6 @@ class DiffusionBound:
             **{name: None if term is None else _plain(term) for name, term in found.items()},
             **{name: getattr(self, name) for name in facts},
         }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` as JSON, whole or not at all.
-
-        Raises:
-            ValueError: a name that does not end in .json, or a folder that does not exist.
-        """
-        from .output import output_path
-        from .report import save_json
-
-        save_json(self.to_dict(), output_path("DiffusionBound.save", path, ".json"))
 
     def __str__(self) -> str:
         lines = [f"T = {self.time:g}, {self.schedule['name']} schedule, m = {self.m}, d = {self.d}, nats"]
