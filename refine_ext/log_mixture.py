@@ -69,8 +69,8 @@ def log_mixture(
     second derivatives, from torch's operations on blocks of rows.
 
     Args:
-        x: ``[..., *shape]``, any number of leading dimensions; float64, float32, float16 or bfloat16; a tensor, a
-            NumPy array, or anything with DLPack's protocol.
+        x: ``[..., *shape]``, any number of leading dimensions; float64, float32, float16 or bfloat16, uint8 as
+            float32; a tensor, a NumPy array, or anything with DLPack's protocol.
         centers: ``[N, *shape]``; ``[N]`` for numbers. A NumPy memory map, an iterable of blocks ``[n, *shape]``, or a
             function that returns one, is streamed: N is bounded by the disk. A stream is read once, takes one scale,
             and has gradients by x only.
@@ -110,7 +110,7 @@ def log_mixture(
         raise ValueError(f"{function}: nan_policy must be raise or propagate, got {nan_policy!r}")
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"{function}: dtype must be torch.float32 or torch.float64, got {dtype}")
-    x = as_array_tensor(function, "x", x)
+    x = as_array_tensor(function, "x", x, may_be_empty=True)
     check = nan_policy == "raise" if nan_policy else x.device.type == "cpu" and values_readable()
     stream = blocks_of(function, centers)
     if stream is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import values_readable
 from .density_ratio import check_floating
-from .samples import as_tensor
+from .samples import array_tensor, rows_text
 
 
 def log_count(n: int, exclude: Tensor | None) -> float | Tensor:
@@ -70,23 +70,17 @@ def refuse_nan(function: str, value: Tensor, x: Tensor, centers: Tensor, log_wei
             continue
         bad = tensor.isnan().flatten(1).any(1) if tensor.dim() > 1 else tensor.isnan()
         if bool(bad.any()):
-            named = ", ".join(str(int(i)) for i in bad.nonzero().flatten()[:5])
-            more = ", ..." if int(bad.sum()) > 5 else ""
-            raise ValueError(f"{function}: {argument} has NaN in {int(bad.sum())} of {len(bad)} rows: {named}{more}")
+            raise ValueError(f"{function}: {argument} has NaN in {rows_text(bad)}")
     raise ValueError(f"{function}: {int(value.isnan().sum())} values are NaN: infinities in x and centers meet")
 
 
-def as_array_tensor(function: str, argument: str, value: Any) -> Tensor:
-    if not isinstance(value, (Tensor, np.ndarray)) and hasattr(value, "__dlpack__"):
-        value = torch.from_dlpack(value)
-    if isinstance(value, Tensor):
-        check_floating(function, argument, value, may_be_empty=argument == "x")
-        if value.dim() == 0:
-            raise ValueError(f"{function}: {argument} must have a dimension of samples, got a 0-dim tensor")
-        return value
-    if isinstance(value, np.ndarray) and value.ndim == 1:
-        return as_tensor(value, function=function, argument=argument).squeeze(1)
-    return as_tensor(value, function=function, argument=argument)
+def as_array_tensor(function: str, argument: str, value: Any, *, may_be_empty: bool = False) -> Tensor:
+    """`array_tensor` of a dtype that the op takes, uint8 as float32."""
+    tensor = array_tensor(value, function=function, argument=argument)
+    if tensor.dtype == torch.uint8:
+        tensor = tensor.float()
+    check_floating(function, argument, tensor, may_be_empty=may_be_empty)
+    return tensor
 
 
 def batch_shape(function: str, x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ._ops_log_mixture import ops
 from .density_ratio import reraise
-from .mixture_arguments import as_scale, log_count, refuse_nan
-from .samples import as_tensor
+from .mixture_arguments import as_array_tensor, as_scale, log_count, refuse_nan
 
 _BLOCK_BYTES = 64 << 20
 
@@ -43,10 +42,7 @@ class Blocks:
             yield tensor
 
     def _tensor(self, block: Any) -> Tensor:
-        if not isinstance(block, (Tensor, np.ndarray)) and hasattr(block, "__dlpack__"):
-            block = torch.from_dlpack(block)
-        one = as_tensor(block, function=self._function, argument="centers")
-        return one.squeeze(1) if block.ndim == 1 else one
+        return as_array_tensor(self._function, "centers", block, may_be_empty=True).detach()
 
 
 def blocks_of(function: str, centers: Any) -> Blocks | None:

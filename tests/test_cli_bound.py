@@ -171,7 +171,7 @@ def test_an_interrupted_command_goes_on(folder, tmp_path, monkeypatch):
     [
         ("none.npy", (), "none.npy: no such file"),
         ("pickled.npy", (), "holds pickled Python objects, refused because loading them can run code"),
-        ("nan.npy", (), "select_diffusion_time: data has NaN or infinity in 1 of 25 rows: 7"),
+        ("nan.npy", (), "select_diffusion_time: data has NaN or infinite values in row 7;"),
         ("one.npy", (), "data has 1 sample, at least 2 are needed"),
         ("x.npy", ("--times", "0.2,3"), "times must be in the range of the vp schedule, 1e-05 to 2, got 3"),
         ("x.npy", ("--constant", "beta_min=30"), "vp needs 0 < beta_min < beta_max"),
