@@ -30,13 +30,13 @@ def reraise(function: str, error: RuntimeError) -> None:
 def check_floating(function: str, argument: str, value: Tensor, *, may_be_empty: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{function}: {argument} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{function}: {argument} must be float64, float32, float16 or bfloat16, got {value.dtype}")
     if not may_be_empty and value.numel() == 0:
         raise ValueError(f"{function}: {argument} must not be empty, got shape {list(value.shape)}")
-    if value.device.type != "cpu":
+    if not value.is_cpu:
         require_device(function, argument, value)
     # torch would drop the tangent of a registered op without a word.
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:

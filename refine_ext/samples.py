@@ -23,7 +23,9 @@ def array_tensor(x: Any, *, function: str, argument: str) -> Tensor:
         TypeError: not an array or tensor, or a NumPy array neither floating nor uint8.
         ValueError: no sample dimension.
     """
-    if isinstance(x, np.ndarray):
+    if isinstance(x, Tensor):
+        pass
+    elif isinstance(x, np.ndarray):
         dtype = x.dtype.newbyteorder("=")
         if dtype not in (np.uint8, np.float16, np.float32, np.float64):
             raise TypeError(f"{function}: {argument} must be floating or uint8, got a NumPy {x.dtype} array")
@@ -32,10 +34,10 @@ def array_tensor(x: Any, *, function: str, argument: str) -> Tensor:
         if not native.flags.writeable or any(s < 0 for s in native.strides):
             native = native.copy()
         x = torch.from_numpy(native)
-    elif not isinstance(x, Tensor):
-        if not hasattr(x, "__dlpack__"):
-            raise TypeError(f"{function}: {argument} must be a NumPy array or a torch tensor, got {type(x).__name__}")
+    elif hasattr(x, "__dlpack__"):
         x = torch.from_dlpack(x)
+    else:
+        raise TypeError(f"{function}: {argument} must be a NumPy array or a torch tensor, got {type(x).__name__}")
     if x.ndim == 0:
         raise ValueError(f"{function}: {argument} must be [n, ...], got a 0-dim value")
     return x

@@ -147,6 +147,14 @@ NAN = torch.tensor([[0.0, 0.0], [0.0, math.nan], [0.0, 0.0]])
             ValueError,
             "scale must be positive, got -1 at 1",
         ),
+        (lambda: rx.log_mixture(X, Y, torch.tensor(math.nan)), ValueError, "scale must be positive, got nan at 0"),
+        (
+            lambda: rx.log_mixture(X, Y, torch.tensor([[1.0, 2], [3, math.nan], [1, 1], [-1, 1]])),
+            ValueError,
+            "scale must be positive, got nan at 3",
+        ),
+        (lambda: rx.log_mixture(X, Y, np.float32(-2)), ValueError, "scale must be positive and finite, got -2.0"),
+        (lambda: rx.log_mixture(X, Y, True), TypeError, "scale must be a number or a tensor, got bool"),
         (lambda: rx.log_mixture(X, Y, torch.ones(3)), ValueError, r"scale must be a number, \[4\] or \[4, 2\]"),
         (lambda: rx.log_mixture(X, Y, "1"), TypeError, "scale must be a number or a tensor, got str"),
         (lambda: rx.log_mixture(X, torch.zeros(4, 3), 1.0), ValueError, r"x must be \[..., 3\] as the centers are"),
@@ -190,6 +198,10 @@ NAN = torch.tensor([[0.0, 0.0], [0.0, math.nan], [0.0, 0.0]])
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match="log_mixture: .*" + message):
         call()
+
+
+def test_infinities_are_no_nan():
+    assert rx.log_mixture(torch.tensor([math.inf, 0.0]), torch.tensor([1.0]), 1.0).tolist() == [-math.inf, -0.5]
 
 
 def test_nan_may_be_let_through():
