@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_gaussian_kl import ops
-from .density_ratio import check_floating, reraise
+from .arguments import check_floating
 
 _KL = ops.gaussian_kl.default
 _WEIGHTS = ops.importance_log_weights.default
@@ -54,10 +55,10 @@ def gaussian_kl(
     shape = _alike("gaussian_kl", given, given)
     flat = [given.get(name) for name in _ARGUMENTS]
     if len(shape) == 2:
-        return _called("gaussian_kl", _KL, flat)
+        return _applied("gaussian_kl", _KL, flat)
     rows = math.prod(shape[:-1]), shape[-1]
     flat = [x if x is None else x.reshape(rows) for x in flat]
-    return _called("gaussian_kl", _KL, flat).view(shape[:-1])
+    return _applied("gaussian_kl", _KL, flat).view(shape[:-1])
 
 
 def importance_log_weights(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -93,10 +94,10 @@ def importance_log_weights(z: Tensor, mean: Tensor, log_variance: Tensor) -> Ten
     z, *flat = every.values()
     shape = z.shape
     if len(shape) == 3:
-        return _called(function, _WEIGHTS, [z, *flat])
+        return _applied(function, _WEIGHTS, [z, *flat])
     rows = math.prod(shape[1:-1]), shape[-1]
     flat = [z.reshape(shape[0], *rows), *(x.reshape(rows) for x in flat)]
-    return _called(function, _WEIGHTS, flat).view(shape[:-1])
+    return _applied(function, _WEIGHTS, flat).view(shape[:-1])
 
 
 def _alike(function: str, every: dict[str, Tensor], rows: dict[str, Tensor], shape: torch.Size | None = None):
@@ -133,14 +134,6 @@ def _broadcast(rows: dict[str, Tensor], shape: torch.Size | None) -> torch.Size 
     return found if shape in (None, found) else None
 
 
-def _called(function: str, op: Any, tensors: Sequence[Tensor | None]) -> Tensor:
-    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    try:
-        if tracked or torch.compiler.is_compiling():
-            return op(*tensors)
-        # The Python autograd layer costs several times the kernel at small sizes.
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*tensors)
-    except RuntimeError as error:
-        reraise(function, error)
-        raise
+def _applied(function: str, op: Any, tensors: Sequence[Tensor | None]) -> Tensor:
+    tracked = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    return called(function, op, tracked, *tensors)

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_log_mixture import ops
 from .arguments import values_readable
-from .density_ratio import reraise
 from .mixture_arguments import (
     as_array_tensor,
     as_excluded,
@@ -185,16 +185,7 @@ def _whole(
         or scale.requires_grad
         or (log_weights is not None and log_weights.requires_grad)
     )
-    try:
-        if tracked or torch.compiler.is_compiling():
-            value, posterior, numbers, top = _OP(*every, exclude, mean, stats)
-        else:
-            # The Python autograd layer costs several times the kernel at small sizes.
-            with torch._C._AutoDispatchBelowAutograd():
-                value, posterior, numbers, top = _OP(*every, exclude, mean, stats)
-    except RuntimeError as error:
-        reraise(function, error)
-        raise
+    value, posterior, numbers, top = called(function, _OP, tracked, *every, exclude, mean, stats)
     if check:
         refuse_nan(function, value, x, centers, log_weights)
     if uniform:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import values_readable
-from .density_ratio import check_floating
+from .arguments import check_floating, values_readable
 from .samples import array_tensor, rows_text
 
 

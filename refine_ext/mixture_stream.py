@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_log_mixture import ops
-from .density_ratio import reraise
 from .mixture_arguments import as_array_tensor, as_scale, log_count, refuse_nan
 
+_OP = ops.log_mixture.default
 _BLOCK_BYTES = 64 << 20
 
 
@@ -108,11 +109,7 @@ class StreamedMixture:
             local = None
             if exclude is not None:
                 local = torch.where((exclude >= n) & (exclude < n + len(centers)), exclude - n, -1)
-            try:
-                v, m, s, t = ops.log_mixture(x, centers, scale, part, local, want_mean, want_stats)
-            except RuntimeError as error:
-                reraise(self.function, error)
-                raise
+            v, m, s, t = called(self.function, _OP, False, x, centers, scale, part, local, want_mean, want_stats)
             if self.check:
                 refuse_nan(self.function, v, x, centers, part)
             total = torch.logaddexp(value, v)
