@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import whole
-from .diffusion_bounds import BoundProblem, DiffusionBound, bound_problem, progress_bar
+from .diffusion_bound_result import DiffusionBound
+from .diffusion_bounds import BoundProblem, bound_problem, progress_bar
 from .diffusion_checkpoint import Checkpoint
 from .diffusion_scores import Term
 from .diffusion_terms import schedule_of
