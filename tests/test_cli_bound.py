@@ -7,14 +7,14 @@ import os
 import zipfile
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import save_file
 
 import refine_ext as rx
-from refine_ext.cli import main
 from refine_ext.diffusion_bounds import BoundProblem
 
 TIMES = [0.1, 0.3, 0.6]
@@ -80,14 +80,11 @@ def _spoil_archive(path: Path, target: Path) -> None:
 
 
 def run(data: object, *arguments: object) -> Result:
-    return CliRunner().invoke(main, ["bound", "--data", str(data), *(str(a) for a in arguments)])
+    return command_line.run("bound", "--data", data, *arguments)
 
 
 def figures(data: object, *arguments: object) -> dict:
-    target = Path(str(data).split(":")[0]).parent / "out.json"
-    result = run(data, *arguments, "--json", target)
-    assert result.exit_code == 0, result.output
-    return json.loads(target.read_text())
+    return command_line.figures(Path(str(data)).parent, "bound", "--data", data, *arguments)
 
 
 def expected(selection: rx.TimeSelection) -> dict:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from exchanged import Exchanged
 
 import refine_ext as rx
 from refine_ext.samples import array_tensor, as_tensor, check_finite_rows, rows_text
@@ -10,20 +11,7 @@ from refine_ext.samples import array_tensor, as_tensor, check_finite_rows, rows_
 NAMES = {"function": "f", "argument": "x"}
 
 
-class Foreign:
-    """What another library's array looks like."""
-
-    def __init__(self, tensor):
-        self._tensor = tensor
-
-    def __dlpack__(self, **options):
-        return self._tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self._tensor.__dlpack_device__()
-
-
-@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda a: Foreign(torch.from_numpy(a))])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda a: Exchanged(torch.from_numpy(a))])
 def test_memory_is_shared(kind):
     array = np.arange(6.0).reshape(3, 2)
     tensor = array_tensor(kind(array), **NAMES)
@@ -48,7 +36,7 @@ def test_numpy_as_it_comes(change):
 
 def test_bytes_are_numbers():
     array = np.array([[0, 255], [3, 4]], dtype=np.uint8)
-    for x in (array, torch.from_numpy(array), Foreign(torch.from_numpy(array))):
+    for x in (array, torch.from_numpy(array), Exchanged(torch.from_numpy(array))):
         assert as_tensor(x, **NAMES).dtype == torch.float32
         value = rx.log_mixture(x, x, 100.0)
         torch.testing.assert_close(value, rx.log_mixture(array.astype(np.float32), array.astype(np.float32), 100.0))
