@@ -82,7 +82,7 @@ def plots() -> dict[str, Plot]:
     documents = [d for name in CPU_RESULTS if (d := load(name))]
     if rows := _streams([row for document in documents for row in measured(document)]):
         facts = documents[0]["facts"]
-        title = f"{facts['cpu']} ({facts['simd']}), one thread, commit {facts['commit']}, {facts['date']}"
+        title = f"{facts['cpu']} ({facts['simd']}), one thread, {report_common.commit(facts)}"
         found["roofline_cpu"] = Plot(rows, title, documents[0].get("limits", {}).get("copy_bytes_per_second"))
     runs = [run for run in gate_results.load(report_common.RESULTS) if gate_results.rows(run)]
     if runs:
@@ -91,7 +91,7 @@ def plots() -> dict[str, Plot]:
         limits = [
             s["limits"] for name, s in runs[-1]["sections"].items() if name.startswith("bench_") and s.get("limits")
         ]
-        title = f"{facts.get('gpu', {}).get('name')}, commit {facts['commit']}, {facts['date']}"
+        title = f"{facts.get('gpu', {}).get('name')}, {report_common.commit(facts)}"
         found["roofline_gpu"] = Plot(rows, title, max((x["copy_bytes_per_second"] for x in limits), default=None))
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import roofline
-from report_common import RESULTS, load
+from report_common import RESULTS, commit, load, versions
 
 Row = dict[str, Any]
 BASE = {"m": 200, "T": 1.0}
@@ -195,8 +195,8 @@ def table(document: dict[str, Any]) -> str:
             *_arms(document),
             "",
             f"Mean ± standard error over {settings['repeats']} repeats, {settings['seeds']} seeds of the objectives; "
-            f"{epochs(document)}, R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}. torch "
-            f"{facts['torch']}, commit {facts['commit']}, {facts['date']}.",
+            f"{epochs(document)}, R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}. "
+            f"{versions(facts)}.",
         ]
     )
 
@@ -247,18 +247,13 @@ def _lines(axes: Any, found: dict[float, list[Row]], lines: Sequence[Line], name
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Over T and over m: test KL, bounds, terms; then each term beside its published shortcuts over T."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    factor, settings, facts = weight(document), document["settings"], document["facts"]
-    figure = Figure(figsize=(14.5, 13), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
+    factor, settings = weight(document), document["settings"]
+    title = (
         f"Swiss roll: m = 200 over T, T = 1 over m, {settings['repeats']} repeats (bars: standard error; stars: "
-        f"smallest), R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}\n{epochs(document)}; commit "
-        f"{facts['commit']}, {facts['date']}",
-        fontsize=11,
+        f"smallest), R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}\n{epochs(document)}; "
+        f"{commit(document['facts'])}"
     )
+    figure = roofline.sheet(14.5, 13, title)
     grid = figure.subplots(3, 3)
     kl: list[Line] = [
         ("true density, cross-validated KDE", BLACK, "-", test("kl")),
@@ -322,24 +317,19 @@ def draw(document: dict[str, Any], path: Path) -> None:
     for axes, (label, lines) in zip(grid[2], shortcuts, strict=True):
         _lines(axes, found, lines, "T", label)
     grid[2][1].set_yscale("log")
-    figure.savefig(path, dpi=85, metadata={"Source": roofline.fingerprint(document["rows"]), "Software": None})
+    roofline.keep(figure, document["rows"], path, dpi=85)
 
 
 def draw_samples(document: dict[str, Any], path: Path) -> None:
     """What the first repeat's networks generate, over T and over m."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     with np.load(RESULTS / "swiss_roll.npz") as file:
         kept = {name: file[name].astype(float) for name in file.files}
     over_time = [(f"T = {t}", f"m200_T{t}") for t in ("0.2", "0.4", "0.6", "1", "1.8")]
     over_size = [(f"m = {m}", f"m{m}_T1") for m in (10, 50, 200, 500, 2000)]
-    figure = Figure(figsize=(15, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
-        "Generated (blue) over true samples (grey): m = 200 above, T = 1 below; the first repeat", fontsize=11
-    )
+    title = "Generated (blue) over true samples (grey): m = 200 above, T = 1 below; the first repeat"
+    figure = roofline.sheet(15, 6.4, title)
     rows = {(row["m"], row["T"]): row for row in document["rows"] if row["repeat"] == 0}
     for line, panels in zip(figure.subplots(2, 5), (over_time, over_size), strict=True):
         for axes, (title, name) in zip(line, panels, strict=True):
@@ -348,4 +338,4 @@ def draw_samples(document: dict[str, Any], path: Path) -> None:
             axes.scatter(*kept[name].T, s=6, color=BLUE, linewidths=0)
             axes.set_title(f"{title}, test KL {rows[int(size), float(time)]['test']['kl']:.2f}", fontsize=10)
             axes.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), xticks=[], yticks=[], aspect="equal")
-    figure.savefig(path, dpi=80, metadata={"Source": roofline.fingerprint(document["rows"]), "Software": None})
+    roofline.keep(figure, document["rows"], path)

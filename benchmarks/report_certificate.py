@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import roofline
-from report_common import load
+from report_common import commit, load
 
 SHOWN = (100, 1000, 10_000)  # of n, and of N
 BOUNDS = {
@@ -119,17 +119,9 @@ def certificate() -> str:
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Bounds and truths as n, B and N grow, and how often bounds are violated."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows, facts = document["rows"], document["facts"]
-    figure = Figure(figsize=(12.5, 8.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"{DRAWN}, kl, n = N = 1000 and B = 3 where not varied; IPM of the class of norm bound 1; "
-        f"commit {facts['commit']}, {facts['date']}",
-        fontsize=11,
-    )
+    title = f"{DRAWN}, kl, n = N = 1000 and B = 3 where not varied; IPM of the class of norm bound 1; {commit(facts)}"
+    figure = roofline.sheet(12.5, 8.5, title)
     panels = figure.subplots(2, 2).flat
     black, orange, blue, green = "black", *(roofline.COLOURS[i] for i in (1, 0, 2))
     lines = {
@@ -157,7 +149,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     handles = panels[2].get_legend_handles_labels()
     _draw_violations(panels[3], document)
     figure.legend(*handles, loc="outside lower left", ncols=4, fontsize=10, frameon=False)
-    figure.savefig(path, dpi=80, metadata={"Source": roofline.fingerprint(rows), "Software": None})
+    roofline.keep(figure, rows, path)
 
 
 def _draw_violations(axes: Any, document: dict[str, Any]) -> None:

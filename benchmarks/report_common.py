@@ -45,4 +45,12 @@ def slower(row: dict[str, Any], name: str, ours: float) -> str:
 
 
 def machine(facts: dict[str, Any]) -> str:
-    return f"{facts['cpu']} ({facts['simd']}), torch {facts['torch']}, commit {facts['commit']}, {facts['date']}"
+    return f"{facts['cpu']} ({facts['simd']}), {versions(facts)}"
+
+
+def versions(facts: dict[str, Any]) -> str:
+    return f"torch {facts['torch']}, {commit(facts)}"
+
+
+def commit(facts: dict[str, Any]) -> str:
+    return f"commit {facts['commit']}, {facts['date']}"

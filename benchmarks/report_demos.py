@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from report_common import load
+from report_common import load, versions
 
 DEMO_MEASURES = {
     "auc": "two-sample AUC (0.5 is best)",
@@ -36,8 +36,8 @@ def _demo_table(name: str, columns: dict[str, str], about: str) -> str:
     }
     lines.append(
         f"\n{len(result['rows'])} seeds, mean ± standard error; seeds improved: "
-        f"{', '.join(f'{title} {count}' for title, count in counts.items())}. {about}torch {facts['torch']}, "
-        f"commit {facts['commit']}, {facts['date']}."
+        f"{', '.join(f'{title} {count}' for title, count in counts.items())}. {about}"
+        f"{versions(facts)}."
     )
     return "\n".join(lines)
 
@@ -77,8 +77,7 @@ def demo_latent() -> str:
     facts = result["facts"]
     lines.append(
         f"\n{len(result['rows'])} seeds, mean ± standard error. Not better on average: {worse or 'none'}. "
-        f"{result['seconds']['cpu']:.0f} CPU seconds in all on {facts['cpu']}, torch {facts['torch']}, "
-        f"commit {facts['commit']}, {facts['date']}."
+        f"{result['seconds']['cpu']:.0f} CPU seconds in all on {facts['cpu']}, {versions(facts)}."
     )
     return "\n".join(lines)
 
@@ -103,7 +102,6 @@ def guided_mixture() -> str:
     facts = result["facts"]
     lines.append(
         f"\n{result['seeds']} seeds, mean ± standard error. With the exact ratio the outputs of every divergence "
-        f"guide alike: samples differ by at most {worst:.0e}. torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}."
+        f"guide alike: samples differ by at most {worst:.0e}. {versions(facts)}."
     )
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import Any
 
 import gate_results
 import report_common
-from report_common import ITEMSIZE, duration, load, machine, measured, slower, times
+from report_common import ITEMSIZE, duration, load, machine, measured, slower, times, versions
 
 # What is shown of a GPU run, at the largest size that was measured.
 SHOWN_ON_GPU = {
@@ -181,8 +181,8 @@ def gpu() -> str:
                 )
     card = facts.get("gpu", {})
     lines.append(
-        f"\n{card.get('name')}, driver {card.get('driver_version')}, torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}; float32, inputs beyond the L2. Of copy bandwidth: the bytes of `benchmarks/traffic.py` over "
+        f"\n{card.get('name')}, driver {card.get('driver_version')}, {versions(facts)}; "
+        "float32, inputs beyond the L2. Of copy bandwidth: the bytes of `benchmarks/traffic.py` over "
         "those of copying as many samples in the same run; then with no sample read twice. How many times longer torch "
         "takes."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import roofline
-from report_common import load
+from report_common import commit, load, versions
 
 OBJECTIVES = {"elbo": "negative ELBO", "bound": "the bound", "after": "ELBO, then the bound"}
 COLUMNS = {
@@ -95,8 +95,7 @@ def table(document: dict[str, Any]) -> str:
         f"the ELBO; the second is after epoch {epochs[-1]} (a look before: {epochs[-2]}), and switches to the bound "
         f"after {settings['warm_epochs']} epochs where it says so: −log p(x) by many is then lower than the "
         f"ELBO's, seed by seed, by {gains[0]} at the look before and by {gains[1]} at last. "
-        f"{minutes:.0f} CPU minutes on {facts['cpu']}, torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}."
+        f"{minutes:.0f} CPU minutes on {facts['cpu']}, {versions(facts)}."
     )
     return "\n".join(lines)
 
@@ -108,17 +107,12 @@ def vae_digits() -> str:
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Bounds and likelihoods, gap and memorisation, MI by both second decoders, and the three objectives."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     facts = document["facts"]
-    figure = Figure(figsize=(12.5, 8.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
+    title = (
         f"VAE on {document['settings']['train']} binary digits, {len(document['rows'])} seeds, bars: standard errors; "
-        f"commit {facts['commit']}, {facts['date']}",
-        fontsize=11,
+        f"{commit(facts)}"
     )
+    figure = roofline.sheet(12.5, 8.5, title)
     panels = list(figure.subplots(2, 2).flat)
     blue, orange, green, pink = roofline.COLOURS[:4]
 
@@ -164,4 +158,4 @@ def draw(document: dict[str, Any], path: Path) -> None:
     for axes in (panels[0], panels[3]):
         shown = document["settings"]["epochs"]
         axes.set_xlim(0.85 * shown[2 if len(shown) > 3 else 0], 1.15 * shown[-1])
-    figure.savefig(path, dpi=80, metadata={"Source": roofline.fingerprint(document["rows"]), "Software": None})
+    roofline.keep(figure, document["rows"], path)

@@ -7,9 +7,12 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gate_results import device_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#8c6d31", "#6b6b6b")
 MARKERS = "osD^vP*Xh"
@@ -44,20 +47,32 @@ def _copies(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(moved, moved / sorted(values)[len(values) // 2]) for moved, values in sorted(times.items())]
 
 
-def draw(rows: list[dict[str, Any]], title: str, limit: float | None, path: Path) -> None:
-    """One panel an op; rows need op, variant, n, itemsize, bytes and time."""
+def sheet(width: float, height: float, title: str) -> Figure:
+    """An empty figure, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def keep(figure: Figure, rows: list[dict[str, Any]], path: Path, dpi: int = 80) -> None:
+    """PNG that says what it was drawn from."""
+    figure.savefig(path, dpi=dpi, metadata={"Source": fingerprint(rows), "Software": None})
+
+
+def draw(rows: list[dict[str, Any]], title: str, limit: float | None, path: Path) -> None:
+    """One panel an op; rows need op, variant, n, itemsize, bytes and time."""
     by_op: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_op[row["op"]].append(row)
     panels = {op: series for op, found in by_op.items() if (series := _series(found))}
     columns = min(3, len(panels))
-    figure = Figure(figsize=(1.5 + 6.0 * columns, 4.4 * math.ceil(len(panels) / columns)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
-    figure.suptitle(title, fontsize=11)
+    lines = math.ceil(len(panels) / columns)
+    figure = sheet(1.5 + 6.0 * columns, 4.4 * lines, title)
+    grid = figure.subplots(lines, columns, squeeze=False)
     for axes, (op, series) in zip(grid.flat, panels.items(), strict=False):
         copies = _copies(by_op[op])
         axes.plot(*zip(*copies, strict=True), color="black", linewidth=2.5, label="copy of as many samples")
@@ -72,4 +87,4 @@ def draw(rows: list[dict[str, Any]], title: str, limit: float | None, path: Path
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    figure.savefig(path, dpi=110, metadata={"Source": fingerprint(rows), "Software": None})
+    keep(figure, rows, path, dpi=110)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .certificate import refinement_certificate
     from .certificate_result import RefinementCertificate
     from .denoiser import RefinedDenoiser, post_cfg
-    from .diffusion_bounds import DiffusionBound, diffusion_bound, diffusion_bound_loss
+    from .diffusion_bound_result import DiffusionBound
+    from .diffusion_bounds import diffusion_bound, diffusion_bound_loss
     from .diffusion_discriminator import DiffusionDiscriminator
     from .diffusion_time import LearnedTime, TimeSelection, select_diffusion_time
     from .discriminator import Discriminator
@@ -69,7 +70,7 @@ _LAZY = {
     "refinement_certificate": "certificate",
     "RefinedDenoiser": "denoiser",
     "post_cfg": "denoiser",
-    "DiffusionBound": "diffusion_bounds",
+    "DiffusionBound": "diffusion_bound_result",
     "diffusion_bound": "diffusion_bounds",
     "diffusion_bound_loss": "diffusion_bounds",
     "DiffusionDiscriminator": "diffusion_discriminator",

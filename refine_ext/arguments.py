@@ -1,14 +1,35 @@
-"""Arguments that many functions take, checked alike: counts and seeds."""
+"""Arguments that many functions take, checked alike: tensors, counts and seeds."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._library import require_device
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def values_readable() -> bool:
     """Whether a tensor's values can be read: not inside torch.func and torch.compile."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def check_floating(function: str, argument: str, value: Tensor, *, may_be_empty: bool = False) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{function}: {argument} must be a dense tensor, got layout {value.layout}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{function}: {argument} must be float64, float32, float16 or bfloat16, got {value.dtype}")
+    if not may_be_empty and value.numel() == 0:
+        raise ValueError(f"{function}: {argument} must not be empty, got shape {list(value.shape)}")
+    if not value.is_cpu:
+        require_device(function, argument, value)
+    # torch would drop the tangent of a registered op without a word.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{function}: {argument} has a forward-mode tangent; only reverse mode is supported")
 
 
 def whole(function: str, argument: str, value: int, least: int) -> int:

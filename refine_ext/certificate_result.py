@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .complexity_estimate import Estimate
 from .density_ratio import density_ratio
-from .output import output_path
+from .results import PicturedResult
 from .samples import as_tensor, count_nonfinite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(eq=False, repr=False)
-class RefinementCertificate:
+class RefinementCertificate(PicturedResult):
     """A bound on IPM_H(P, refined sample) and every term of it. Made by `refinement_certificate`.
+
+    `plot` draws the terms of both bounds.
 
     Attributes:
         ipm_unrefined: B ‖E_real φ − E_fake φ‖, the IPM between the real sample and the generated one.
@@ -182,27 +186,10 @@ class RefinementCertificate:
         facts = {name: getattr(self, name) for name in names}
         return {**facts, "features": len(self.discriminator_weight), "complexity": self.complexity.to_dict()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` as JSON, whole or not at all.
-
-        Raises:
-            ValueError: a name that does not end in .json, or a folder that does not exist.
-        """
-        from .report import save_json
-
-        save_json(self.to_dict(), output_path("RefinementCertificate.save", path, ".json"))
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the terms of both bounds as PNG.
-
-        Raises:
-            ValueError: a name that does not end in .png, or a folder that does not exist.
-            ModuleNotFoundError: matplotlib is missing.
-        """
+    def _draw(self) -> Figure:
         from .certificate_figure import draw_certificate
-        from .report import save_figure
 
-        save_figure(draw_certificate(self), output_path("RefinementCertificate.plot", path, ".png"))
+        return draw_certificate(self)
 
     def __str__(self) -> str:
         from .certificate_text import table

@@ -111,7 +111,7 @@ main.add_command(rademacher)
 @click.option("--device", help="Where to train and score, e.g. cuda. [default: cpu]")
 @click.option("--force", is_flag=True, help="Write a sample even where reweighting cannot help.")
 @click.option("--quiet", is_flag=True, help="Print errors and refusals only; no progress bars.")
-@reporting_errors
+@reporting_errors("a smaller --memory or --train-rows")
 def refine(
     real: str,
     generated: str,
@@ -259,7 +259,7 @@ def _write_report(refined: Refined, options: RefineOptions, path: Path, facts: d
     help="Discriminator of --task digits.",
 )
 @click.option("--quick", is_flag=True, help="At most two seeds, and less of everything.")
-@reporting_errors
+@reporting_errors("--quick")
 def demo(task: str, out: str, seeds: int | None, model: str, quick: bool) -> None:
     """Refine generators of handwritten digits, judged on held-out digits."""
     from .demo import require_extras
@@ -335,7 +335,7 @@ def _echo_table(rows: list[tuple[str, ...]]) -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@reporting_errors
+@reporting_errors()
 def doctor(as_json: bool) -> None:
     """Say what was built, what runs, and whether CUDA loads."""
     from .doctor import describe, diagnose

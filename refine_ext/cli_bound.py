@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 @click.option("--json", "json_path", metavar="FILE", help="Write the figures.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute, e.g. cuda.")
 @click.option("--quiet", is_flag=True, help="Print errors only; no progress bar.")
-@reporting_errors
+@reporting_errors("fewer samples, or a smaller --batch-size with --model")
 def bound(
     data: str,
     model: str | None,

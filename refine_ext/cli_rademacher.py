@@ -54,7 +54,7 @@ _CLASSES = ("finite", "linear", "l1")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute, e.g. cuda.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the figures there too.")
 @click.option("--quiet", is_flag=True, help="Print errors only; no progress bar.")
-@reporting_errors
+@reporting_errors("a smaller --memory")
 def rademacher(
     outputs: str,
     family: str,

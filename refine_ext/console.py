@@ -103,36 +103,41 @@ def terminate(signum: int, frame: Any) -> NoReturn:
     raise SystemExit(EXIT_TERMINATED)
 
 
-def reporting_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One line on stderr and a non-zero exit where `command` fails; the traceback only with
-    --debug."""
+def reporting_errors(less_memory: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One line on stderr and a non-zero exit where the command fails; the traceback only with --debug.
 
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-    @functools.wraps(command)
-    def run(*args: Any, debug: bool, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted: nothing was written", err=True)
-            sys.exit(EXIT_INTERRUPTED)
-        except Exception as error:
-            if debug:
+    `less_memory`: what the user of this command can do where memory runs out.
+    """
+
+    def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+        @functools.wraps(command)
+        def run(*args: Any, debug: bool, **kwargs: Any) -> None:
+            try:
+                command(*args, **kwargs)
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
-            click.echo(f"error: {_one_line(error)}", err=True)
-            sys.exit(EXIT_ERROR)
+            except KeyboardInterrupt:
+                click.echo("\ninterrupted: nothing was written", err=True)
+                sys.exit(EXIT_INTERRUPTED)
+            except Exception as error:
+                if debug:
+                    raise
+                click.echo(f"error: {_one_line(error, less_memory)}", err=True)
+                sys.exit(EXIT_ERROR)
 
-    return run
+        return run
+
+    return reporting
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, less_memory: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         # str() of one would lead with its number
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        text = f"out of memory; use a smaller --memory or --train-rows ({text[:120] or 'no details'})"
+        text = f"out of memory{less_memory and '; use '}{less_memory} ({text[:120] or 'no details'})"
     elif not isinstance(error, (ValueError, TypeError, OSError, ModuleNotFoundError)):
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     return text

@@ -6,41 +6,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ._library import require_device
+from ._call import called
 from ._ops import LOG_LARGEST, LOG_SQUARE, LOG_SUM, LOG_WEIGHT, SHIFT, ops
+from .arguments import check_floating
 from .divergence import parse_divergence
 from .pareto import pareto_khat
 
 _OP = ops.density_ratio.default
-_ERROR = "refine_ext: "
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def reraise(function: str, error: RuntimeError) -> None:
-    """Turns an error of our ops into a ValueError of the function the user called; returns for any other error."""
-    message = str(error)
-    at = message.find(_ERROR)
-    if at >= 0:
-        reason = message[at + len(_ERROR) :].partition(": ")[2].splitlines()[0]
-        raise ValueError(f"{function}: {reason}") from None
-
-
-def check_floating(function: str, argument: str, value: Tensor, *, may_be_empty: bool = False) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{function}: {argument} must be a dense tensor, got layout {value.layout}")
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"{function}: {argument} must be float64, float32, float16 or bfloat16, got {value.dtype}")
-    if not may_be_empty and value.numel() == 0:
-        raise ValueError(f"{function}: {argument} must not be empty, got shape {list(value.shape)}")
-    if value.device.type != "cpu":
-        require_device(function, argument, value)
-    # torch would drop the tangent of a registered op without a word.
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(f"{function}: {argument} has a forward-mode tangent; only reverse mode is supported")
 
 
 class DensityRatio:
@@ -225,18 +198,10 @@ def density_ratio(
     def solve() -> Tensor:
         return _OP(rows, base_weights, shift, code, alpha, False, check)[0]
 
-    try:
-        if out is not None:
-            values, stats = _write_into(out, h, rows, dim, base_weights, shift, code, alpha, is_ratio, check)
-        elif tracked or torch.compiler.is_compiling():
-            values, stats = _OP(rows, base_weights, shift, code, alpha, is_ratio, check)
-        else:
-            # The Python autograd layer costs several times the kernel at small sizes.
-            with torch._C._AutoDispatchBelowAutograd():
-                values, stats = _OP(rows, base_weights, shift, code, alpha, is_ratio, check)
-    except RuntimeError as error:
-        reraise("density_ratio", error)
-        raise
+    if out is not None:
+        values, stats = _write_into(out, h, rows, dim, base_weights, shift, code, alpha, is_ratio, check)
+    else:
+        values, stats = called("density_ratio", _OP, tracked, rows, base_weights, shift, code, alpha, is_ratio, check)
     if check and h.device.type != "cpu" and bool(stats.isnan().any()):
         raise ValueError("density_ratio: h must hold no NaN or +inf and lie, after the shift, in the domain of f*")
     return DensityRatio(values, stats, solve, h.shape, dim, is_ratio, base_weights)
@@ -294,9 +259,9 @@ def _write_into(out, h, rows, dim, base_weights, shift, code, alpha, is_ratio, c
         and rows.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
     )
     if target.is_contiguous() and target.dim() == rows.dim() and not shifted:
-        stats = ops.density_ratio_out.default(rows, *arguments, out=target)
+        stats = called("density_ratio", ops.density_ratio_out.default, True, rows, *arguments, out=target)
         return target, stats
-    values, stats = _OP(rows, *arguments)
+    values, stats = called("density_ratio", _OP, True, rows, *arguments)
     shaped = values.view(h.shape) if dim is None else values.movedim(-1, dim)
     out.copy_(shaped)
     return values, stats

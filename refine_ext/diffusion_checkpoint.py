@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .diffusion_bounds import BoundProblem, DiffusionBound
+from .diffusion_bound_result import DiffusionBound
+from .diffusion_bounds import BoundProblem
 from .diffusion_scores import Term
 
 _FORMAT = "refine_ext.diffusion_curve"

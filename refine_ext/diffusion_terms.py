@@ -14,6 +14,7 @@ from .arguments import check_seed
 from .forward_process import ForwardProcess, forward_process
 from .guidance import guided_step
 from .log_mixture import log_mixture
+from .samples import check_finite_rows
 
 _BLOCK_ELEMENTS = 1 << 22  # of the noised samples that are in memory at once
 _BLOCK_ROWS = 1 << 16
@@ -108,13 +109,8 @@ def checked_data(function: str, data: Tensor, least: int) -> tuple[Tensor, tuple
         raise ValueError(f"{function}: data is empty, shape {list(data.shape)}")
     if len(data) < least:
         raise ValueError(f"{function}: data has {len(data)} sample, at least {least} are needed")
-    flat = data.reshape(len(data), -1)
-    # A sum is finite where its terms are: one pass without a mask of the data's size.
-    bad = (~torch.isfinite(flat.sum(1, dtype=torch.float64))).nonzero().flatten()
-    if len(bad):
-        named = ", ".join(map(str, bad[:5].tolist())) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(f"{function}: data has NaN or infinity in {len(bad)} of {len(data)} rows: {named}")
-    return flat, tuple(data.shape[1:])
+    check_finite_rows(data, function=function, argument="data")
+    return data.reshape(len(data), -1), tuple(data.shape[1:])
 
 
 def checked_rows(function: str, rows: Any, m: int) -> Tensor:

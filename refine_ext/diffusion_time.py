@@ -6,17 +6,22 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import whole
-from .diffusion_bounds import BoundProblem, DiffusionBound, bound_problem, progress_bar
+from .diffusion_bound_result import DiffusionBound
+from .diffusion_bounds import BoundProblem, bound_problem, progress_bar
 from .diffusion_checkpoint import Checkpoint
 from .diffusion_scores import Term
 from .diffusion_terms import schedule_of
 from .forward_process import ForwardProcess
+from .results import PicturedResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GRID = 20
 _CONFIDENCE = 0.95
@@ -25,8 +30,10 @@ _SEARCH_TOLERANCE = 1e-3  # of the bracket
 
 
 @dataclass(eq=False, repr=False)
-class TimeSelection:
+class TimeSelection(PicturedResult):
     """The bound over T and its minimiser. Made by `select_diffusion_time`.
+
+    `plot` draws the bound and its terms over T.
 
     Attributes:
         time: the T with the lowest bound of those that were evaluated.
@@ -73,29 +80,10 @@ class TimeSelection:
             "curve": [bound.to_dict() for bound in self.bounds],
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` as JSON, whole or not at all.
-
-        Raises:
-            ValueError: a name that does not end in .json, or a folder that does not exist.
-        """
-        from .output import output_path
-        from .report import save_json
-
-        save_json(self.to_dict(), output_path("TimeSelection.save", path, ".json"))
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the bound and its terms over T as PNG.
-
-        Raises:
-            ValueError: a name that does not end in .png, or a folder that does not exist.
-            ModuleNotFoundError: matplotlib is missing.
-        """
+    def _draw(self) -> Figure:
         from .diffusion_figure import draw_selection
-        from .output import output_path
-        from .report import save_figure
 
-        save_figure(draw_selection(self), output_path("TimeSelection.plot", path, ".png"))
+        return draw_selection(self)
 
     def __str__(self) -> str:
         low, high = self.time_interval

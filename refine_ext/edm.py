@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import whole
-from .density_ratio import check_floating
+from .arguments import check_floating, whole
 from .forward_process import EDM
 from .guidance import guided_step
 from .guide import Guide, Level, as_term, per_sample

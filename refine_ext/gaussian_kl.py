@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_gaussian_kl import ops
-from .density_ratio import check_floating, reraise
+from .arguments import check_floating
 
 _KL = ops.gaussian_kl.default
 _WEIGHTS = ops.importance_log_weights.default
@@ -52,9 +53,12 @@ def gaussian_kl(
     if prior_log_variance is not None:
         given["prior_log_variance"] = prior_log_variance
     shape = _alike("gaussian_kl", given, given)
+    flat = [given.get(name) for name in _ARGUMENTS]
+    if len(shape) == 2:
+        return _applied("gaussian_kl", _KL, flat)
     rows = math.prod(shape[:-1]), shape[-1]
-    flat = [x if x is None else x.reshape(rows) for x in map(given.get, _ARGUMENTS)]
-    return _called("gaussian_kl", _KL, flat).view(shape[:-1])
+    flat = [x if x is None else x.reshape(rows) for x in flat]
+    return _applied("gaussian_kl", _KL, flat).view(shape[:-1])
 
 
 def importance_log_weights(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -87,10 +91,13 @@ def importance_log_weights(z: Tensor, mean: Tensor, log_variance: Tensor) -> Ten
     given = {"mean": mean, "log_variance": log_variance}
     every = {"z": z, **given}
     _alike(function, every, given, z.shape[1:])
-    z = every["z"]
-    rows = math.prod(z.shape[1:-1]), z.shape[-1]
-    flat = [z.reshape(z.shape[0], *rows), every["mean"].reshape(rows), every["log_variance"].reshape(rows)]
-    return _called(function, _WEIGHTS, flat).view(z.shape[:-1])
+    z, *flat = every.values()
+    shape = z.shape
+    if len(shape) == 3:
+        return _applied(function, _WEIGHTS, [z, *flat])
+    rows = math.prod(shape[1:-1]), shape[-1]
+    flat = [z.reshape(shape[0], *rows), *(x.reshape(rows) for x in flat)]
+    return _applied(function, _WEIGHTS, flat).view(shape[:-1])
 
 
 def _alike(function: str, every: dict[str, Tensor], rows: dict[str, Tensor], shape: torch.Size | None = None):
@@ -99,7 +106,7 @@ def _alike(function: str, every: dict[str, Tensor], rows: dict[str, Tensor], sha
         check_floating(function, name, x, may_be_empty=True)
     first = next(iter(every.values()))
     common: torch.Size | None = rows["mean"].shape if shape is None else shape
-    if any(x.shape != common for x in rows.values()):
+    if any([x.shape != common for x in rows.values()]):
         common = _broadcast(rows, shape)
     if common is None:
         got = ", ".join(f"{name} {list(x.shape)}" for name, x in every.items())
@@ -107,10 +114,11 @@ def _alike(function: str, every: dict[str, Tensor], rows: dict[str, Tensor], sha
         raise ValueError(f"{function}: the arguments must broadcast to one {to}, got {got}")
     if len(common) == 0 or common[-1] == 0:
         raise ValueError(f"{function}: mean must be [..., d] with d of at least 1, got shape {list(common)}")
+    device, dtype = first.device, first.dtype
     for name, x in every.items():
-        if x.device != first.device:
-            raise ValueError(f"{function}: {name} is on {x.device}, {next(iter(every))} is on {first.device}")
-    if any(x.dtype != first.dtype for x in every.values()):
+        if x.device != device:
+            raise ValueError(f"{function}: {name} is on {x.device}, {next(iter(every))} is on {device}")
+    if any([x.dtype != dtype for x in every.values()]):
         dtype = reduce(torch.promote_types, (x.dtype for x in every.values()))
         every.update({name: x.to(dtype) for name, x in every.items()})
     every.update({name: every[name].expand(common) for name, x in rows.items() if x.shape != common})
@@ -126,14 +134,6 @@ def _broadcast(rows: dict[str, Tensor], shape: torch.Size | None) -> torch.Size 
     return found if shape in (None, found) else None
 
 
-def _called(function: str, op: Any, tensors: Sequence[Tensor | None]) -> Tensor:
-    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    try:
-        if tracked or torch.compiler.is_compiling():
-            return op(*tensors)
-        # The Python autograd layer costs several times the kernel at small sizes.
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*tensors)
-    except RuntimeError as error:
-        reraise(function, error)
-        raise
+def _applied(function: str, op: Any, tensors: Sequence[Tensor | None]) -> Tensor:
+    tracked = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    return called(function, op, tracked, *tensors)

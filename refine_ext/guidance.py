@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._call import called
 from ._ops_guidance import PARAMETRIZATIONS, ops
-from .arguments import check_seed
-from .density_ratio import check_floating, reraise
+from .arguments import check_floating, check_seed
 from .divergence import KINDS, parse_divergence
 
 _STEP = ops.guided_step.default
@@ -102,17 +102,7 @@ def guided_step(
         step = _step_number(name, step)
     tracked = tracked and torch.is_grad_enabled()
     arguments = (x, terms, table, scalars, factor, seeds, number, step, noisy)
-    try:
-        if out is not None:
-            return _step_into(out, x, tracked, arguments)
-        if tracked or torch.compiler.is_compiling():
-            return _STEP(*arguments)
-        # The Python autograd layer costs several times the kernel at small sizes.
-        with torch._C._AutoDispatchBelowAutograd():
-            return _STEP(*arguments)
-    except RuntimeError as error:
-        reraise(name, error)
-        raise
+    return called(name, _STEP, tracked, *arguments) if out is None else _step_into(out, x, tracked, arguments)
 
 
 def _step_into(out: Tensor, x: Tensor, tracked: bool, arguments: tuple) -> Tensor:
@@ -123,9 +113,9 @@ def _step_into(out: Tensor, x: Tensor, tracked: bool, arguments: tuple) -> Tenso
     if tracked or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError(f"{name}: out= is not differentiable; leave it out, or use torch.no_grad()")
     if out.is_contiguous():
-        _STEP_OUT(*arguments, out=out)
+        called(name, _STEP_OUT, True, *arguments, out=out)
         return out
-    return out.copy_(_STEP(*arguments))
+    return out.copy_(called(name, _STEP, True, *arguments))
 
 
 def philox_normal(
@@ -249,14 +239,7 @@ def guidance_factor(
     arguments = (h, *values, constants, code, alpha_divergence, kind == "logit", flow)
     number = PARAMETRIZATIONS.index(parametrization)
     tracked = torch.is_grad_enabled() and (h.requires_grad or (values[1] is not None and values[1].requires_grad))
-    try:
-        if tracked or torch.compiler.is_compiling():
-            return _FACTOR(*arguments, number)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _FACTOR(*arguments, number)
-    except RuntimeError as error:
-        reraise(name, error)
-        raise
+    return called(name, _FACTOR, tracked, *arguments, number)
 
 
 def guided_score(

@@ -95,7 +95,7 @@ class KernelDensity:
 
 
 def _matrix(function: str, X: Any) -> Tensor:
-    x = as_array_tensor(function, "X", X)
+    x = as_array_tensor(function, "X", X, may_be_empty=True)
     if x.dim() != 2:
         raise ValueError(f"{function}: X must be [n, d], got {list(x.shape)}")
     return x

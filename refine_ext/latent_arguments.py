@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_seed, whole
-from .density_ratio import check_floating
+from .arguments import check_floating, check_seed, whole
 from .divergence import divergences, parse_divergence
 
 Schedule = float | Sequence[float] | Tensor | Callable[[int], float]

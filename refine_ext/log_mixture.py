@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_log_mixture import ops
 from .arguments import values_readable
-from .density_ratio import reraise
 from .mixture_arguments import (
     as_array_tensor,
     as_excluded,
@@ -69,8 +69,8 @@ def log_mixture(
     second derivatives, from torch's operations on blocks of rows.
 
     Args:
-        x: ``[..., *shape]``, any number of leading dimensions; float64, float32, float16 or bfloat16; a tensor, a
-            NumPy array, or anything with DLPack's protocol.
+        x: ``[..., *shape]``, any number of leading dimensions; float64, float32, float16 or bfloat16, uint8 as
+            float32; a tensor, a NumPy array, or anything with DLPack's protocol.
         centers: ``[N, *shape]``; ``[N]`` for numbers. A NumPy memory map, an iterable of blocks ``[n, *shape]``, or a
             function that returns one, is streamed: N is bounded by the disk. A stream is read once, takes one scale,
             and has gradients by x only.
@@ -110,8 +110,8 @@ def log_mixture(
         raise ValueError(f"{function}: nan_policy must be raise or propagate, got {nan_policy!r}")
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"{function}: dtype must be torch.float32 or torch.float64, got {dtype}")
-    x = as_array_tensor(function, "x", x)
-    check = nan_policy == "raise" if nan_policy else x.device.type == "cpu" and values_readable()
+    x = as_array_tensor(function, "x", x, may_be_empty=True)
+    check = nan_policy == "raise" if nan_policy else x.is_cpu and values_readable()
     stream = blocks_of(function, centers)
     if stream is None:
         centers = as_array_tensor(function, "centers", centers)
@@ -119,10 +119,11 @@ def log_mixture(
     else:
         shape = stream.shape
     batch = batch_shape(function, x, shape)
-    # Each call of torch costs a microsecond or two, the kernel ten at small sizes.
+    # Each call of torch costs a microsecond or two, the kernel seven at small sizes.
     plain = len(batch) == len(shape) == 1
     rows = x if plain else x.reshape(-1, max(1, math.prod(shape)))
-    exclude = as_excluded(function, leave_one_out, batch, None if stream else len(centers), x.device)
+    n = None if stream else centers.shape[0]
+    exclude = None if leave_one_out is False else as_excluded(function, leave_one_out, batch, n, x.device)
     terms = as_log_weights(function, weights, log_weights, check)
 
     if stream is not None:
@@ -133,7 +134,7 @@ def log_mixture(
         result = _whole(function, rows, centers, scale, terms, exclude, return_mean, return_stats, normalized, check)
     value, mean, stats, top = result
     kind = dtype or (torch.float64 if rows.dtype == torch.float64 else torch.float32)
-    value = value if value.dtype == kind else value.to(kind)
+    value = value if kind == torch.float64 else value.float()
     value = value if plain else value.reshape(batch)
     posterior = mean.to(kind).reshape(x.shape) if return_mean else None
     if return_stats:
@@ -153,17 +154,16 @@ def _whole(
     normalized: bool,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, n = centers.shape[1:], len(centers)
-    if x.device != centers.device:
-        raise ValueError(f"{function}: x and centers must be on one device, got {x.device} and {centers.device}")
+    n, shape = centers.shape[0], centers.shape[1:]
+    device, dtype = x.device, x.dtype
+    if device != centers.device:
+        raise ValueError(f"{function}: x and centers must be on one device, got {device} and {centers.device}")
     centers = centers if len(shape) == 1 else centers.reshape(n, -1)
-    dtype = x.dtype
     if centers.dtype != dtype:
         dtype = torch.promote_types(dtype, centers.dtype)
         x, centers = x.to(dtype), centers.to(dtype)
-    d = centers.shape[1]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = as_scale(function, scale, shape, n, compute, x.device, check)
+    scale = as_scale(function, scale, shape, n, compute, device, check)
     uniform = log_weights is None
     if log_weights is not None:
         if log_weights.shape != (n,):
@@ -171,6 +171,7 @@ def _whole(
         log_weights = log_weights.to(compute)
     added: Any = 0.0  # to every L
     if normalized:
+        d = centers.shape[1]
         if scale.numel() == 1:
             added = -d * (scale.double().log().reshape(()) + 0.5 * _LOG_2PI)
         else:
@@ -178,17 +179,13 @@ def _whole(
             each = -each.sum(1) - 0.5 * d * _LOG_2PI
             log_weights = each if log_weights is None else log_weights + each
     every = (x, centers, scale, log_weights)
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in every)
-    try:
-        if tracked or torch.compiler.is_compiling():
-            value, posterior, numbers, top = _OP(*every, exclude, mean, stats)
-        else:
-            # The Python autograd layer costs several times the kernel at small sizes.
-            with torch._C._AutoDispatchBelowAutograd():
-                value, posterior, numbers, top = _OP(*every, exclude, mean, stats)
-    except RuntimeError as error:
-        reraise(function, error)
-        raise
+    tracked = torch.is_grad_enabled() and (
+        x.requires_grad
+        or centers.requires_grad
+        or scale.requires_grad
+        or (log_weights is not None and log_weights.requires_grad)
+    )
+    value, posterior, numbers, top = called(function, _OP, tracked, *every, exclude, mean, stats)
     if check:
         refuse_nan(function, value, x, centers, log_weights)
     if uniform:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_log_mixture import ops
-from .density_ratio import reraise
-from .mixture_arguments import as_scale, log_count, refuse_nan
-from .samples import as_tensor
+from .mixture_arguments import as_array_tensor, as_scale, log_count, refuse_nan
 
+_OP = ops.log_mixture.default
 _BLOCK_BYTES = 64 << 20
 
 
@@ -43,10 +43,7 @@ class Blocks:
             yield tensor
 
     def _tensor(self, block: Any) -> Tensor:
-        if not isinstance(block, (Tensor, np.ndarray)) and hasattr(block, "__dlpack__"):
-            block = torch.from_dlpack(block)
-        one = as_tensor(block, function=self._function, argument="centers")
-        return one.squeeze(1) if block.ndim == 1 else one
+        return as_array_tensor(self._function, "centers", block, may_be_empty=True).detach()
 
 
 def blocks_of(function: str, centers: Any) -> Blocks | None:
@@ -112,11 +109,7 @@ class StreamedMixture:
             local = None
             if exclude is not None:
                 local = torch.where((exclude >= n) & (exclude < n + len(centers)), exclude - n, -1)
-            try:
-                v, m, s, t = ops.log_mixture(x, centers, scale, part, local, want_mean, want_stats)
-            except RuntimeError as error:
-                reraise(self.function, error)
-                raise
+            v, m, s, t = called(self.function, _OP, False, x, centers, scale, part, local, want_mean, want_stats)
             if self.check:
                 refuse_nan(self.function, v, x, centers, part)
             total = torch.logaddexp(value, v)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .certificate import (
     CertificateProblem,
@@ -15,7 +14,10 @@ from .certificate import (
     positive,
 )
 from .certificate_result import RefinementCertificate, dual_norm
-from .output import output_path
+from .results import PicturedResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DOUBLINGS = 12
 _BISECTIONS = 40
@@ -31,8 +33,10 @@ RULES = {
 
 
 @dataclass(eq=False)
-class NormBoundSearch:
+class NormBoundSearch(PicturedResult):
     """A norm bound and why it was chosen. Made by `suggest_norm_bound`.
+
+    `plot` draws the terms at B and the curve over B.
 
     Attributes:
         norm_bound: B.
@@ -66,17 +70,10 @@ class NormBoundSearch:
             "certificate": self.certificate.to_dict(),
         }
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the terms at B and the curve over B as PNG.
-
-        Raises:
-            ValueError: a name that does not end in .png, or a folder that does not exist.
-            ModuleNotFoundError: matplotlib is missing.
-        """
+    def _draw(self) -> Figure:
         from .certificate_figure import draw_search
-        from .report import save_figure
 
-        save_figure(draw_search(self), output_path("NormBoundSearch.plot", path, ".png"))
+        return draw_search(self)
 
     def __str__(self) -> str:
         return f"norm bound {self.norm_bound:.4g}: {self.reason}\n\n{self.certificate}"

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ._ops_rademacher import SUPREMA, ops
-from .arguments import values_readable
-from .density_ratio import check_floating
+from .arguments import check_floating, values_readable
 from .samples import as_tensor
 
 SIGN_BLOCK = 1024  # csrc/math/rademacher.h kSignBlock

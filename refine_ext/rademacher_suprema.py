@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_rademacher import SUPREMA, ops
-from .arguments import check_seed, values_readable, whole
+from .arguments import check_floating, check_seed, values_readable, whole
 from .complexity_estimate import Estimate
-from .density_ratio import check_floating, reraise
 
 LARGEST, MAGNITUDE, NORM = (SUPREMA.index(name) for name in ("largest", "magnitude", "norm"))
 MEMORY = 1 << 30
@@ -148,18 +148,11 @@ def _signed_sums(
     arguments = (seed, functions.supremum, options.precision)
     tracked = outputs.requires_grad and torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
-    try:
-        if tracked or compiling:
-            suprema, index, largest = _OP(outputs, count, first, *arguments)
-        elif count > _CALL_DRAWS and outputs.numel() * count > _CALL and outputs.device.type == "cpu":
-            suprema, index, largest = _in_calls(function, outputs, count, first, arguments, options.progress)
-        else:
-            # The Python autograd layer costs as much as the kernel at small sizes.
-            with torch._C._AutoDispatchBelowAutograd():
-                suprema, index, largest = _OP(outputs, count, first, *arguments)
-    except RuntimeError as error:
-        reraise(function, error)
-        raise
+    several = count > _CALL_DRAWS and outputs.numel() * count > _CALL and outputs.device.type == "cpu"
+    if several and not (tracked or compiling):
+        suprema, index, largest = _in_calls(function, outputs, count, first, arguments, options.progress)
+    else:
+        suprema, index, largest = called(function, _OP, tracked, outputs, count, first, *arguments)
     readable = values_readable()
     if readable and options.nan_policy == "raise" and outputs.device.type == "cpu":
         first_value = suprema[0].item() if tracked else suprema.numpy()[0]  # NumPy's view takes half the time
@@ -187,8 +180,8 @@ def _in_calls(
         total=count, desc=function, unit="draw", delay=1.0, disable=None if progress is None else not progress
     ) as bar:
         for start in range(0, count, _CALL_DRAWS):
-            with torch._C._AutoDispatchBelowAutograd():
-                parts.append(_OP(outputs, min(_CALL_DRAWS, count - start), first + start, *arguments))
+            some = min(_CALL_DRAWS, count - start)
+            parts.append(called(function, _OP, False, outputs, some, first + start, *arguments))
             bar.update(len(parts[-1][0]))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), parts[0][2]
 

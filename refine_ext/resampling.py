@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops_resampling import ops
-from .arguments import check_seed, whole
-from .density_ratio import check_floating, reraise
+from .arguments import check_floating, check_seed, whole
 
 METHODS = ("multinomial", "stratified", "systematic", "residual")
 
@@ -135,11 +135,9 @@ def resample(
         raise ValueError(f"resample: method must be one of {', '.join(METHODS)}, got {method!r}")
     num, offset = whole("resample", "num", num, 0), whole("resample", "offset", offset, 0)
     key = _seed("resample", seed, generator, weights.device)
-    try:
-        return ops.resample.default(weights.detach(), num, key, offset, METHODS.index(method), log)
-    except RuntimeError as error:
-        reraise("resample", error)
-        raise
+    return called(
+        "resample", ops.resample.default, False, weights.detach(), num, key, offset, METHODS.index(method), log
+    )
 
 
 def rejection(
@@ -203,11 +201,8 @@ def rejection(
     else:
         shift = None if gamma is None else _double("rejection", "gamma", gamma, device, infinite=False)
     key = _seed("rejection", seed, generator, device)
-    try:
-        keep, new_bound, accepted = ops.rejection.default(log_ratio, bound, shift, epsilon, key, offset)
-    except RuntimeError as error:
-        reraise("rejection", error)
-        raise
+    arguments = (log_ratio, bound, shift, epsilon, key, offset)
+    keep, new_bound, accepted = called("rejection", ops.rejection.default, False, *arguments)
     return Rejection(keep, new_bound, accepted.double() / log_ratio.shape[-1])
 
 
@@ -309,13 +304,8 @@ def metropolis(
         raise ValueError(f"metropolis: order must be 'random' or 'given', got {order!r}")
     start = None if initial is None else _double("metropolis", "initial", initial, log_ratio.device)
     key = _seed("metropolis", seed, generator, log_ratio.device)
-    try:
-        indices, accepted = ops.metropolis.default(
-            log_ratio.detach(), num, chains, burn_in, thin, order == "given", start, key
-        )
-    except RuntimeError as error:
-        reraise("metropolis", error)
-        raise
+    arguments = (log_ratio.detach(), num, chains, burn_in, thin, order == "given", start, key)
+    indices, accepted = called("metropolis", ops.metropolis.default, False, *arguments)
     if chains == 1:
         indices, accepted = indices[0], accepted[0]
     if not return_acceptance:

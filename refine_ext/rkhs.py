@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import check_floating
 from .complexity_estimate import Estimate
-from .density_ratio import check_floating
 from .rademacher_stream import Multipliers, add_sums, column_peaks, multipliers
 from .rademacher_suprema import (
     MEMORY,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .results import PicturedResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,8 +18,10 @@ _TERMS = ("reconstruction", "rate", "mutual_information", "encoder_term", "gener
 
 
 @dataclass(eq=False, repr=False)
-class VAEBound:
+class VAEBound(PicturedResult):
     """A VAE's generalisation bound and every term of it, in nats a sample. Made by :func:`vae_bound`.
+
+    `plot` draws the terms of both bounds.
 
     Attributes:
         reconstruction: REC = -E log p(x|z).
@@ -128,28 +131,34 @@ class VAEBound:
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` as JSON, whole or not at all.
+    def _draw(self) -> Figure:
+        from .report import AFTER, BEFORE, bare, new_figure
 
-        Raises:
-            ValueError: a name that does not end in .json, or a folder that does not exist.
-        """
-        from .certificate_result import output_path
-        from .report import save_json
-
-        save_json(self.to_dict(), output_path("VAEBound.save", path, ".json"))
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the terms of both bounds as PNG.
-
-        Raises:
-            ValueError: a name that does not end in .png, or a folder that does not exist.
-            ModuleNotFoundError: matplotlib is missing.
-        """
-        from .certificate_result import output_path
-        from .report import save_figure
-
-        save_figure(_draw(self), output_path("VAEBound.plot", path, ".png"))
+        figure = new_figure(9.5, 2.8, f"VAE bound, {self.likelihood} likelihood, {self.n} samples")
+        axes = figure.add_subplot()
+        pieces = {
+            "earlier": [("REC", self.reconstruction, BEFORE), ("√RATE", math.sqrt(max(0.0, self.rate)), AFTER)],
+            "bound": [
+                ("REC", self.reconstruction, BEFORE),
+                (f"{1 + self.rho:g} √RATE", self.encoder_term, AFTER),
+                (f"{1 + self.rho:g} √(MI/m)", self.generator_term or 0.0, "#8a8d91"),
+            ],
+        }
+        for row, (name, parts) in enumerate(pieces.items()):
+            left = 0.0
+            for label, width, colour in parts:
+                shown = label if name == "bound" else None
+                axes.barh(row, width, 0.6, left=left, color=colour, label=shown)
+                left += width
+            error = self.stderr.get("bound" if name == "bound" else "earlier_bound", 0.0)
+            axes.errorbar(left, row, xerr=error, color="black", capsize=4, linewidth=1)
+            axes.annotate(f"{left:.4g}", (left + error, row), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(2), list(pieces) if self.bound is not None else ["earlier", "bound without MI"])
+        axes.margins(x=0.12)
+        axes.set_xlabel("nats a sample")
+        axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+        bare(axes)
+        return figure
 
     def __str__(self) -> str:
         c = f"{1 + self.rho:g}"
@@ -210,33 +219,3 @@ def _deviations(result: VAEBound, covariance: Tensor) -> dict[str, float]:
         w = torch.tensor(weights, dtype=torch.float64)
         found[name] = math.sqrt(max(0.0, float(w @ covariance @ w)))
     return found
-
-
-def _draw(result: VAEBound) -> Figure:
-    from .report import AFTER, BEFORE, bare, new_figure
-
-    figure = new_figure(9.5, 2.8, f"VAE bound, {result.likelihood} likelihood, {result.n} samples")
-    axes = figure.add_subplot()
-    pieces = {
-        "earlier": [("REC", result.reconstruction, BEFORE), ("√RATE", math.sqrt(max(0.0, result.rate)), AFTER)],
-        "bound": [
-            ("REC", result.reconstruction, BEFORE),
-            (f"{1 + result.rho:g} √RATE", result.encoder_term, AFTER),
-            (f"{1 + result.rho:g} √(MI/m)", result.generator_term or 0.0, "#8a8d91"),
-        ],
-    }
-    for row, (name, parts) in enumerate(pieces.items()):
-        left = 0.0
-        for label, width, colour in parts:
-            shown = label if name == "bound" else None
-            axes.barh(row, width, 0.6, left=left, color=colour, label=shown)
-            left += width
-        error = result.stderr.get("bound" if name == "bound" else "earlier_bound", 0.0)
-        axes.errorbar(left, row, xerr=error, color="black", capsize=4, linewidth=1)
-        axes.annotate(f"{left:.4g}", (left + error, row), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(2), list(pieces) if result.bound is not None else ["earlier", "bound without MI"])
-    axes.margins(x=0.12)
-    axes.set_xlabel("nats a sample")
-    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
-    bare(axes)
-    return figure

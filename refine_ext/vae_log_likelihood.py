@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .gaussian_kl import importance_log_weights
+from .results import JSONResult, SampleValues
 from .vae_likelihoods import Likelihood, LikelihoodName
 from .vae_model import Decoder, Encoder, evaluation, prepare
 
@@ -19,7 +19,7 @@ _FUNCTION = "importance_weighted_log_likelihood"
 
 
 @dataclass(eq=False, repr=False)
-class LogLikelihood:
+class LogLikelihood(SampleValues, JSONResult):
     """log p(x) of each sample, in nats. Made by :func:`importance_weighted_log_likelihood`.
 
     Attributes:
@@ -28,6 +28,7 @@ class LogLikelihood:
             square is about how far `values` is below log p(x) on average. NaN of a single draw.
         effective_draws: `[n]` float64, ESS = (sum w)^2 / sum w^2, from 1 to K.
         elbo: `[n]` float64, the average of log w_k: the evidence lower bound of what the draws are from.
+        mean, stderr: of `values`; the error holds that of the draws.
         draws, seed: K, and whose draws they are.
     """
 
@@ -37,15 +38,6 @@ class LogLikelihood:
     elbo: Tensor
     draws: int
     seed: int
-
-    @property
-    def mean(self) -> float:
-        return float(self.values.mean())
-
-    @property
-    def stderr(self) -> float:
-        """Of the mean, over samples and draws; NaN of a single sample."""
-        return float(self.values.std()) / math.sqrt(len(self.values)) if len(self.values) > 1 else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Averages as plain numbers, for JSON."""
@@ -61,13 +53,6 @@ class LogLikelihood:
             "draws": self.draws,
             "seed": self.seed,
         }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` as JSON, whole or not at all."""
-        from .certificate_result import output_path
-        from .report import save_json
-
-        save_json(self.to_dict(), output_path("LogLikelihood.save", path, ".json"))
 
     def __str__(self) -> str:
         facts = self.to_dict()

@@ -8,14 +8,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .arguments import whole
+from .results import PicturedResult, SampleValues
 from .samples import as_tensor, check_finite_rows, rows_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _FUNCTION = "memorization_score"
 
@@ -24,11 +28,14 @@ Fit = Callable[[Tensor, int], Callable[[Tensor], Any]]
 
 
 @dataclass(eq=False, repr=False)
-class MemorizationScore:
+class MemorizationScore(SampleValues, PicturedResult):
     """M(x_i) of each sample, in nats. Made by :func:`memorization_score`.
+
+    `plot` draws the scores' density, and the log-densities with and without the sample.
 
     Attributes:
         values: `[n]` float64, with_sample - without_sample.
+        mean, stderr: of `values`; the samples share models, so that the error is a lower limit.
         with_sample, without_sample: `[n]` float64, log p(x_i) under models trained with x_i and without it.
         log_density: `[repetitions * folds, n]` float64, of every model.
         held_out: as large, bool: whether the model was trained without the sample.
@@ -43,15 +50,6 @@ class MemorizationScore:
     folds: int
     repetitions: int
     seed: int
-
-    @property
-    def mean(self) -> float:
-        return float(self.values.mean())
-
-    @property
-    def stderr(self) -> float:
-        """Of the mean, over samples: models are shared, so that it is a lower limit."""
-        return float(self.values.std()) / math.sqrt(len(self.values))
 
     def quantile(self, q: float) -> float:
         """The score that a share q of the samples does not exceed."""
@@ -80,19 +78,9 @@ class MemorizationScore:
             "seed": self.seed,
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict` as JSON, whole or not at all."""
-        from .certificate_result import output_path
-        from .report import save_json
+    def _draw(self) -> Figure:
+        from .report import AFTER, BEFORE, REAL, draw_log_ratios, new_figure
 
-        save_json(self.to_dict(), output_path("MemorizationScore.save", path, ".json"))
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the scores' density and the log-densities with and without the sample as PNG."""
-        from .certificate_result import output_path
-        from .report import AFTER, BEFORE, REAL, draw_log_ratios, new_figure, save_figure
-
-        where = output_path("MemorizationScore.plot", path, ".png")
         figure = new_figure(9.5, 3.4, f"Memorisation of {len(self.values)} samples")
         left, right = figure.subplots(1, 2)
         draw_log_ratios(left, [("score", self.values.numpy(), REAL)])
@@ -103,7 +91,7 @@ class MemorizationScore:
         ]
         draw_log_ratios(right, densities)
         right.set_xlabel("log p(x) (nats)")
-        save_figure(figure, where)
+        return figure
 
     def __str__(self) -> str:
         facts = self.to_dict()
@@ -212,7 +200,7 @@ class _Checkpoint:
         self.path, self.rows = None if path is None else Path(path), []  # type: Path | None, list[Tensor]
         if self.path is None:
             return
-        from .certificate_result import output_path
+        from .output import output_path
 
         output_path(_FUNCTION, self.path, ".npz")
         digest = hashlib.sha256(x.contiguous().cpu().numpy().tobytes()).hexdigest()

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._call import called
 from ._ops import ops
-from .density_ratio import check_floating, reraise
+from .arguments import check_floating
 from .divergence import parse_divergence
 
 
@@ -64,16 +65,13 @@ def variational_bound(
     code, alpha = parse_divergence(name, divergence)
     parse_divergence(name, divergence, kind)
     real, fake = _pair(name, ("h_real", "h_fake"), h_real, h_fake)
-    try:
-        if kind == "logit":
-            if not tight:
-                return ops.dual_bound.default(real, fake, code, alpha)
-            real = ops.dual_output.default(real, code, alpha)
-            fake = ops.dual_output.default(fake, code, alpha)
-        return ops.variational_bound.default(real, fake, tight, code, alpha)[0]
-    except RuntimeError as error:
-        reraise(name, error)
-        raise
+    tracked = torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad)
+    if kind == "logit":
+        if not tight:
+            return called(name, ops.dual_bound.default, tracked, real, fake, code, alpha)
+        real = called(name, ops.dual_output.default, tracked, real, code, alpha)
+        fake = called(name, ops.dual_output.default, tracked, fake, code, alpha)
+    return called(name, ops.variational_bound.default, tracked, real, fake, tight, code, alpha)[0]
 
 
 def logistic_loss(logit_real: Tensor, logit_fake: Tensor) -> Tensor:

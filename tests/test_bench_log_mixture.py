@@ -12,18 +12,10 @@ import report_log_mixture
 import torch
 import torch_gaussian_kl
 import torch_log_mixture
+from quick_bench import measured
 
 LIMITS = {"float32_flops_per_second": 2e11}
 MORE = {"torch_exp_per_second": 1e9, "one_dimension_pairs_per_second": 4e9}
-
-
-def measured(bench):
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(common.BUDGET, "cpu", 0.02)
-        found = [common.measure(case, "cpu") for case in bench.cases("cpu", quick=True)]
-    torch.set_num_threads(threads)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,14 @@ import report_common
 import report_rademacher
 import torch
 import torch_rademacher
+from quick_bench import measured
 
 LIMITS = {"float32_flops_per_second": 2e11}
 
 
 @pytest.fixture(scope="module")
 def rows():
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(common.BUDGET, "cpu", 0.02)
-        found = [common.measure(case, "cpu") for case in bench_rademacher.cases("cpu", quick=True)]
-    torch.set_num_threads(threads)
-    return found
+    return measured(bench_rademacher)
 
 
 def test_contenders_agree():

@@ -8,17 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import run, run_child, sparse_rows
 from safetensors.torch import load_file, save_file
 
 import refine_ext as rx
-from refine_ext.cli import main
 from refine_ext.output import RowWriter
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -53,10 +52,6 @@ def folder(tmp_path_factory, samples) -> Path:
     disc = rx.fit_discriminator(*samples, model="linear", features=64, progress=False)
     disc.save(path / "d.safetensors")
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def refine(folder: Path, out: object, *more: object) -> Result:
@@ -331,12 +326,6 @@ def test_termination_leaves_nothing(folder, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is previous
 
 
-def run_child(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-
-
 @pytest.mark.parametrize("suffix", ["npz", "pt"])
 def test_a_full_disk_leaves_nothing(folder, tmp_path, suffix):
     script = """
@@ -354,25 +343,11 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, suffix):
     assert os.listdir(tmp_path) == []
 
 
-def _large_file(path: Path, rows: int, features: int) -> None:
-    """float64 rows as a sparse .npy: every 8th row random, the others holes, which read as
-    zeros."""
-    block = np.random.default_rng(0).normal(size=features)
-    with open(path, "wb") as file:
-        header = {"descr": "<f8", "fortran_order": False, "shape": (rows, features)}
-        np.lib.format.write_array_header_1_0(file, header)
-        start = file.tell()
-        file.truncate(start + rows * features * 8)
-        for row in range(0, rows, 8):
-            file.seek(start + row * features * 8)
-            file.write(np.roll(block, row).tobytes())
-
-
 @pytest.mark.parametrize("method", ["resample", "weights"])
 def test_an_array_larger_than_the_memory_limit_is_streamed(tmp_path, method):
     rows, features, limit = 100_000, 512, 300
-    _large_file(tmp_path / "fake.npy", rows, features)
-    _large_file(tmp_path / "real.npy", 4000, features)
+    for name, count in (("fake.npy", rows), ("real.npy", 4000)):
+        sparse_rows(tmp_path / name, count, features, 8, np.roll)
     script = """
         import resource, sys
         import numpy as np

@@ -7,18 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import save_file
 
 import refine_ext as rx
-from refine_ext.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,11 @@ def folder(tmp_path_factory, values) -> Path:
 
 
 def run(outputs: object, *arguments: object) -> Result:
-    return CliRunner().invoke(main, ["rademacher", "--outputs", str(outputs), *(str(a) for a in arguments)])
+    return command_line.run("rademacher", "--outputs", outputs, *arguments)
 
 
 def figures(outputs: object, *arguments: object) -> dict:
-    target = Path(str(outputs).split(":")[0]).parent / "out.json"
-    result = run(outputs, *arguments, "--json", target)
-    assert result.exit_code == 0, result.output
-    return json.loads(target.read_text())
+    return command_line.figures(Path(str(outputs)).parent, "rademacher", "--outputs", outputs, *arguments)
 
 
 def expected(estimate: rx.Estimate, delta: float = 0.05) -> dict:
@@ -147,28 +143,9 @@ def test_wrong_choices_are_explained(folder):
         assert result.exit_code == 2 and message in result.stderr
 
 
-def _large_file(path: Path, rows: int, features: int) -> None:
-    """float64 rows as a sparse .npy: every 64th row random, the others holes, which read as zeros."""
-    block = np.random.default_rng(0).normal(size=features)
-    with open(path, "wb") as file:
-        header = {"descr": "<f8", "fortran_order": False, "shape": (rows, features)}
-        np.lib.format.write_array_header_1_0(file, header)
-        start = file.tell()
-        file.truncate(start + rows * features * 8)
-        for row in range(0, rows, 64):
-            file.seek(start + row * features * 8)
-            file.write((block * (1 + row % 3)).tobytes())
-
-
-def run_child(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
 def test_a_file_larger_than_the_memory_limit_is_streamed(tmp_path):
     rows, features, limit, memory = 60_000, 320, 100, 12
-    _large_file(tmp_path / "D.npy", rows, features)
+    command_line.sparse_rows(tmp_path / "D.npy", rows, features, 64, lambda block, row: block * (1 + row % 3))
     assert rows * features * 8 > limit * 2**20
     script = """
         import resource, sys
@@ -188,9 +165,9 @@ def test_a_file_larger_than_the_memory_limit_is_streamed(tmp_path):
         main(["rademacher", "--outputs", *sys.argv[1:]])
     """
     # 12 MiB hold the sums of 2457 draws: two readings.
-    done = run_child(
+    done = command_line.run_child(
         script, tmp_path / "D.npy", "--draws", 3000, "--memory", f"{memory}MiB",
-        "--json", tmp_path / "out.json", limit,
+        "--json", tmp_path / "out.json", limit, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "out.json").read_text())

@@ -96,6 +96,8 @@ def test_text_json_and_picture(tmp_path):
     found = suggest(*samples(n=150))
     assert json.loads(json.dumps(found.to_dict()))["curve"] == found.curve
     assert str(found.certificate) in str(found) and found.reason in str(found)
+    found.save(tmp_path / "search.json")
+    assert json.loads((tmp_path / "search.json").read_text())["norm_bound"] == found.norm_bound
     found.plot(tmp_path / "search.png")
     assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match=r"plot: path must end in \.png"):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from exchanged import Exchanged
 from torch import nn
 from vae_reference import LinearVAE
 
@@ -180,19 +181,6 @@ def test_networks_are_left_as_they_were():
         rx.vae_bound(encoder, lambda z: z, x, seed=0)
     assert [module.training for module in encoder.modules()] == modes
     assert all(p.grad is None for p in encoder.parameters())
-
-
-class Exchanged:
-    """Another library's array: what DLPack's protocol shows of it."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def test_arrays_of_other_libraries():
