@@ -1,7 +1,11 @@
-"""Arguments that many functions take, checked alike: tensors, counts and seeds."""
+"""Arguments that many functions take, checked alike: tensors, numbers, counts and seeds."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -41,6 +45,26 @@ def whole(function: str, argument: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{function}: {argument} must be at least {least}, got {value}")
     return value
+
+
+def positive(function: str, argument: str, value: Any) -> float:
+    """A finite number above 0, which may be NumPy's."""
+    if not 0.0 < (number := _number(function, argument, value)) < math.inf:
+        raise ValueError(f"{function}: {argument} must be positive and finite, got {value}")
+    return number
+
+
+def not_negative(function: str, argument: str, value: Any) -> float:
+    """A finite number from 0 on, which may be NumPy's."""
+    if not 0.0 <= (number := _number(function, argument, value)) < math.inf:
+        raise ValueError(f"{function}: {argument} must be finite and not negative, got {value}")
+    return number
+
+
+def _number(function: str, argument: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{function}: {argument} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def check_seed(function: str, seed: int | Tensor) -> int | Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .arguments import check_seed, whole
+from .arguments import check_seed, positive, whole
 from .certificate_result import RefinementCertificate, dual_norm, matrix
 from .complexity_estimate import Estimate
 from .density_ratio import density_ratio
@@ -265,15 +265,6 @@ def certificate_problem(
 def check_deviation(function: str, deviation: Any) -> None:
     if deviation not in DEVIATIONS:
         raise ValueError(f"{function}: deviation must be one of {', '.join(DEVIATIONS)}, got {deviation!r}")
-
-
-def positive(function: str, argument: str, value: Any) -> float:
-    """A finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"{function}: {argument} must be a number, got {type(value).__name__}")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{function}: {argument} must be positive and finite, got {value}")
-    return float(value)
 
 
 def _generator(divergence: str, ratio: Tensor) -> float:

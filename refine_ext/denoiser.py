@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .arguments import positive
 from .guidance import guided_step
 from .guide import Guide, PerSample
 
@@ -22,14 +23,6 @@ def guide_and_weight(
     if callable(weight):
         return Guide.of(discriminator, weight=weight, **options), 1.0
     return Guide.of(discriminator, **options), weight
-
-
-def check_latent_scale(function: str, latent_scale: float) -> float:
-    if not isinstance(latent_scale, (int, float)):
-        raise TypeError(f"{function}: latent_scale must be a number, got {type(latent_scale).__name__}")
-    if not 0.0 < latent_scale < float("inf"):
-        raise ValueError(f"{function}: latent_scale must be positive and finite, got {latent_scale}")
-    return float(latent_scale)
 
 
 def refined_prediction(
@@ -200,7 +193,7 @@ def post_cfg(
     tensor([[2., 2.]])
     """
     guide, w = guide_and_weight(discriminator, weight, options)
-    latent_scale = check_latent_scale("post_cfg", latent_scale)
+    latent_scale = positive("post_cfg", "latent_scale", latent_scale)
     _check_selection("post_cfg", discriminator_extra)
 
     def refine(args: Mapping[str, Any]) -> Tensor:

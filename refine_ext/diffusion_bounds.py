@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import whole
+from .arguments import not_negative, whole
 from .diffusion_bound_result import DiffusionBound
 from .diffusion_scores import Noising, ScoreModel, Term, generator_term, largest_score, score_matching
 from .diffusion_terms import (
@@ -18,16 +18,13 @@ from .diffusion_terms import (
     checked_data,
     checked_rows,
     checked_seed,
-    checked_sub_gaussian,
     mixture_divergences,
     prior_roots,
     schedule_of,
 )
 from .forward_process import ForwardProcess
+from .progress import progress_bar
 from .samples import as_tensor
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def bound_problem(
         process,
         whole(function, "draws", draws, 2),
         checked_seed(function, seed),
-        checked_sub_gaussian(function, sub_gaussian),
+        not_negative(function, "sub_gaussian", sub_gaussian),
         scores,
         whole(function, "steps", steps, 1),
         whole(function, "model_draws", model_draws, 2),
@@ -275,18 +272,11 @@ def diffusion_bound_loss(
     if rows is not None:
         rows = checked_rows(function, rows, len(flat)).to(flat.device)
     number = int(torch.randint(2**62, ())) if seed is None else checked_seed(function, seed)
-    factor = math.sqrt(2) * checked_sub_gaussian(function, sub_gaussian)
+    factor = math.sqrt(2) * not_negative(function, "sub_gaussian", sub_gaussian)
     draws = whole(function, "draws", draws, 1)
     kl, _ = mixture_divergences(flat, process, t, draws, Numbers.of(number).mixture, rows)
     roots = prior_roots(flat if rows is None else flat[rows], process, t)
     return factor * roots.mean() - kl.mean()
-
-
-def progress_bar(title: str, total: int, progress: bool | None) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    hidden = None if progress is None else not progress
-    return tqdm(total=total, desc=title, unit="row", unit_scale=True, delay=1.0, disable=hidden)
 
 
 def _averaged(mean: Tensor, variance: Tensor) -> Term:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._ops_guidance import PARAMETRIZATIONS
-from .arguments import whole
+from .arguments import positive, whole
 from .forward_process import ForwardProcess
 from .guidance import philox_normal
 from .network_checks import warn_of_training
@@ -57,10 +57,7 @@ class ScoreModel:
                 f"{self.function}: parametrization must be one of {', '.join(PARAMETRIZATIONS)}, "
                 f"got {self.parametrization!r}"
             )
-        if isinstance(self.time_scale, bool) or not isinstance(self.time_scale, (int, float)):
-            raise TypeError(f"{self.function}: time_scale must be a number, got {type(self.time_scale).__name__}")
-        if not 0.0 < self.time_scale < math.inf:
-            raise ValueError(f"{self.function}: time_scale must be positive and finite, got {self.time_scale}")
+        positive(self.function, "time_scale", self.time_scale)
         if self.batch_size is not None:
             whole(self.function, "batch_size", self.batch_size, 1)
         warn_of_training(self.function, "model", self.model, stacklevel=5)

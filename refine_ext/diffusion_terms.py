@@ -137,11 +137,3 @@ def checked_seed(function: str, seed: Any) -> int:
     if isinstance(seed, np.integer):
         seed = int(seed)
     return int(check_seed(function, seed))
-
-
-def checked_sub_gaussian(function: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{function}: sub_gaussian must be a number, got {type(value).__name__}")
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{function}: sub_gaussian must be finite and not negative, got {value}")
-    return float(value)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from .arguments import whole
 from .diffusion_bound_result import DiffusionBound
-from .diffusion_bounds import BoundProblem, bound_problem, progress_bar
+from .diffusion_bounds import BoundProblem, bound_problem
 from .diffusion_checkpoint import Checkpoint
 from .diffusion_scores import Term
 from .diffusion_terms import schedule_of
 from .forward_process import ForwardProcess
+from .progress import progress_bar
 from .results import PicturedResult
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import positive
 from .log_mixture import log_mixture
 from .mixture_arguments import as_array_tensor
 
@@ -34,8 +35,8 @@ class KernelDensity:
         if isinstance(bandwidth, str):
             if bandwidth not in ("scott", "silverman"):
                 raise ValueError(f"KernelDensity: bandwidth must be a number, scott or silverman, got {bandwidth!r}")
-        elif isinstance(bandwidth, bool) or not 0.0 < bandwidth < math.inf:
-            raise ValueError(f"KernelDensity: bandwidth must be positive and finite, got {bandwidth}")
+        else:
+            positive("KernelDensity", "bandwidth", bandwidth)
         self.bandwidth = bandwidth
         self.bandwidth_: float
         self._samples: Tensor | None = None

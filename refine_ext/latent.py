@@ -14,6 +14,7 @@ from .guidance import guidance_factor, guided_step, philox_normal
 from .latent_arguments import Schedule, check_batch_size, check_flow, check_start, divergence_read_by, schedule_of
 from .latent_prior import Prior, log_acceptance, prior_of
 from .latent_ratio import Evaluation, LatentRatio
+from .progress import progress_bar
 from .samples import as_column
 
 # Rows of samples that an early stop compares: the energy distance takes their pairs.
@@ -357,9 +358,7 @@ class _EarlyStop:
 
 def _counted(steps: int, title: str, progress: bool) -> Iterator[int]:
     """0 ... steps, with a bar that counts the steps between them."""
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc=title, disable=not progress, delay=1.0) as bar:
+    with progress_bar(title, steps, progress, "step") as bar:
         yield 0
         for k in range(1, steps + 1):
             bar.update()

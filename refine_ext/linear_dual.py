@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .arguments import positive
 from .density_ratio import density_ratio
 from .variational_bound import logistic_loss, variational_bound
 
@@ -128,8 +129,7 @@ def check_dual(function: str, what: str, real: Tensor, fake: Tensor, norm_bound:
         )
     if len(real) == 0:
         raise ValueError(f"{function}: {what}_real is empty")
-    if not (norm_bound > 0.0 and math.isfinite(norm_bound)):
-        raise ValueError(f"{function}: norm_bound must be positive and finite, got {norm_bound}")
+    positive(function, "norm_bound", norm_bound)
     return real.detach().double(), fake.detach().double()
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import whole
+from .arguments import not_negative, positive, whole
 from .complexity_estimate import Estimate
+from .progress import progress_bar
 from .rademacher import Blocks
 from .rademacher_stream import SIGN_BLOCK, Multipliers, Rows, add_sums
 from .rademacher_suprema import MEMORY, refuse_nonfinite, seed_of
@@ -131,8 +132,8 @@ def rademacher_local(
     0.01
     """
     radii = _radii(radius)
-    factor = _number("factor", factor, positive=True)
-    offset = _number("offset", offset, positive=False)
+    factor = positive(_FUNCTION, "factor", factor)
+    offset = not_negative(_FUNCTION, "offset", offset)
     solve = star_hull if fixed_point is None else fixed_point
     if solve and not star_hull:
         raise ValueError(f"{_FUNCTION}: fixed_point needs star_hull=True; other classes may have none or several")
@@ -206,7 +207,7 @@ class _Curve:
         progress: bool | None,
     ) -> None:
         self.rows, self.draws, self.star_hull, self.absolute = rows, draws, star_hull, absolute
-        self.hidden = None if progress is None else not progress
+        self.progress = progress
         self.centre: Tensor | None = None
         self._measure(centred)
         self.count = min(draws.count, max(1, memory // (24 * len(self.largest))))  # sums, and two more to reduce them
@@ -258,15 +259,11 @@ class _Curve:
 
     def _sums(self) -> Iterator[Tensor]:
         """[draws, m] signed sums, or their magnitudes, in groups of draws; made once if one group has them all."""
-        from tqdm import tqdm
-
         if self.kept is not None:
             yield self.kept
             return
         groups = range(0, self.draws.count, self.count)
-        with tqdm(
-            total=len(groups) * self.n, desc=_FUNCTION, unit="row", unit_scale=True, delay=1.0, disable=self.hidden
-        ) as bar:
+        with progress_bar(_FUNCTION, len(groups) * self.n, self.progress) as bar:
             for start in groups:
                 part = self.draws.part(start, min(self.count, self.draws.count - start))
                 sums = torch.zeros(part.count, len(self.largest), dtype=torch.float64, device=self.largest.device)
@@ -291,13 +288,3 @@ def _radii(radius: Any) -> Tensor:
     if not len(radii) or not bool((radii > 0).all()) or not bool(radii.isfinite().all()):
         raise ValueError(f"{_FUNCTION}: radius must be positive and finite, got {radius}")
     return radii
-
-
-def _number(argument: str, value: Any, *, positive: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{_FUNCTION}: {argument} must be a number, got {type(value).__name__}")
-    if not (0.0 < value < math.inf or (value == 0 and not positive)):
-        raise ValueError(
-            f"{_FUNCTION}: {argument} must be finite and {'above' if positive else 'at least'} 0, got {value}"
-        )
-    return float(value)

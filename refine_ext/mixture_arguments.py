@@ -100,8 +100,8 @@ def as_log_weights(function: str, weights: Any, log_weights: Any, check: bool) -
         raise ValueError(f"{function}: {argument} must be [N], got {list(given.shape)}")
     if log_weights is not None:
         return given
-    if check and bool((given < 0).any()):
-        at = int((given < 0).nonzero()[0])
+    if check and not bool((given >= 0).all()):  # NaN is not
+        at = int((~(given >= 0)).nonzero()[0])
         raise ValueError(f"{function}: weights must not be negative, got {float(given[at]):g} at {at}")
     given = given if given.dtype == torch.float64 else given.float()
     return torch.where(given != 0, given, 1.0).log().masked_fill(given == 0, -math.inf)

@@ -16,7 +16,8 @@ except ImportError as error:
         'refine_ext.DiscriminatorGuidance needs diffusers 0.36 or later: pip install "refine-ext[diffusers]"'
     ) from error
 
-from .denoiser import check_latent_scale, guide_and_weight, refined_prediction
+from .arguments import positive
+from .denoiser import guide_and_weight, refined_prediction
 from .guide import Guide, PerSample
 from .schedulers import Watch, check_range, noise_levels, parametrization, scheduler_family
 
@@ -89,7 +90,7 @@ class DiscriminatorGuidance(BaseGuidance):
         self.guider = guider
         self.scheduler = scheduler
         self.family = scheduler_family("DiscriminatorGuidance", scheduler)
-        self.latent_scale = check_latent_scale("DiscriminatorGuidance", latent_scale)
+        self.latent_scale = positive("DiscriminatorGuidance", "latent_scale", latent_scale)
         self.discriminator_extra = discriminator_extra
         self.guide, self.weight = guide_and_weight(discriminator, weight, options)
         self._sample: Tensor | None = None

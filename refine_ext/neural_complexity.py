@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ._ops_rademacher import ops
-from .arguments import whole
+from .arguments import positive, whole
 from .complexity_estimate import Estimate
 from .guidance import philox_normal
 from .network_checks import FirstBad, one_output_each
 from .norm_balls import Constraint, Layer, Parameters, Projection, layers_of, projection_of, trainable
+from .progress import progress_bar
 from .rademacher_suprema import seed_of
 from .samples import as_column, as_tensor, count_nonfinite
 
@@ -125,10 +126,7 @@ def rademacher_neural(
     x = _samples(x, next(iter(parameters.values())))
     draws, steps = whole(_FUNCTION, "draws", draws, 1), whole(_FUNCTION, "steps", steps, 1)
     restarts, first_draw = whole(_FUNCTION, "restarts", restarts, 1), whole(_FUNCTION, "first_draw", first_draw, 0)
-    if not isinstance(learning_rate, (int, float)) or isinstance(learning_rate, bool):
-        raise TypeError(f"{_FUNCTION}: learning_rate must be a number, got {type(learning_rate).__name__}")
-    if not 0.0 < learning_rate < math.inf:
-        raise ValueError(f"{_FUNCTION}: learning_rate must be positive and finite, got {learning_rate}")
+    learning_rate = positive(_FUNCTION, "learning_rate", learning_rate)
     seed, memory = seed_of(_FUNCTION, seed), whole(_FUNCTION, "memory", memory, 1)
     layers = layers_of(_FUNCTION, module, parameters, norm_bound)
     project = projection_of(_FUNCTION, constraint, module, layers)
@@ -158,12 +156,9 @@ def _over_draws(
     progress: bool | None,
 ) -> Tensor:
     """The best value of each of (first, count) draws, so many at once; fills `outputs`."""
-    from tqdm import tqdm
-
     first, count = draws
     parts = []
-    total, hidden = -(-count // at_once) * search.steps, None if progress is None else not progress
-    with tqdm(total=total, desc=_FUNCTION, unit="step", delay=1.0, disable=hidden) as bar:
+    with progress_bar(_FUNCTION, -(-count // at_once) * search.steps, progress, "step") as bar:
         for start in range(0, count, at_once):
             these = range(first + start, first + min(start + at_once, count))
             signs = ops.multipliers(search.x, len(search.x), len(these), 0, these.start, seed, False)

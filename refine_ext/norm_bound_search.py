@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from .certificate import (
-    CertificateProblem,
-    certificate_problem,
-    positive,
-)
+from .arguments import positive
+from .certificate import CertificateProblem, certificate_problem
 from .certificate_result import RefinementCertificate, dual_norm
 from .results import PicturedResult
 

@@ -34,6 +34,7 @@ from .judging import (
 )
 from .output import check_output, create_rows
 from .pipeline_certificate import certificate_rows, certify_job
+from .progress import progress_bar
 from .threads import at_most_threads
 
 if TYPE_CHECKING:
@@ -182,18 +183,12 @@ def check_pair(real: RowSource, generated: RowSource) -> None:
             raise ValueError(f"{source.label}: has {len(source)} rows; at least {MINIMUM_ROWS} are needed")
 
 
-def _bar(total: int, what: str, options: RefineOptions) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit="row", unit_scale=True, disable=not options.progress, delay=1.0)
-
-
 def _score(discriminator: Discriminator, generated: RowSource, plan: _Plan, options: RefineOptions) -> np.ndarray:
     """log r of every generated row, float64 [n]."""
     import torch
 
     out = np.empty(len(generated), dtype=np.float64)
-    with _bar(len(generated), "scoring", options) as bar:
+    with progress_bar("scoring", len(generated), options.progress) as bar:
         for start, raw in generated.blocks(plan.block_rows * generated.row_bytes):
             values = discriminator.log_ratio(generated.decode(raw), batch_size=plan.batch_rows)
             out[start : start + len(raw)] = values.detach().to("cpu", torch.float64).numpy()
@@ -410,7 +405,7 @@ def write(refined: Refined, generated: RowSource, out: str | os.PathLike[str], o
     shape, element = output_shape(refined, generated)
     block_bytes = max(1, options.memory // 16)
     check_output(out, element, 8 * shape[0] if refined.indices is None else shape[0] * generated.row_bytes)
-    with create_rows(out, shape, element) as writer, _bar(shape[0], "writing", options) as bar:
+    with create_rows(out, shape, element) as writer, progress_bar("writing", shape[0], options.progress) as bar:
         for raw in _rows_to_write(refined, generated, block_bytes):
             writer.write(raw)
             bar.update(len(raw))

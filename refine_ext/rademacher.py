@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from .arguments import positive
 from .complexity_estimate import Estimate
-from .rademacher_suprema import LARGEST, MAGNITUDE, MEMORY, NORM, Functions, Options, estimate_complexity, norm_bound_of
+from .rademacher_suprema import LARGEST, MAGNITUDE, MEMORY, NORM, Functions, Options, estimate_complexity
 
 # What does not fit in memory: an iterable of row blocks [rows, m], or a function that returns one.
 Blocks = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -123,7 +124,7 @@ def rademacher_linear(
     >>> round(float(rx.rademacher_linear(torch.eye(100), norm_bound=2.0, draws=8, seed=0)), 6)  # 2 sqrt(100) / 100
     0.2
     """
-    functions = Functions("linear, 2-norm", NORM, norm_bound_of("rademacher_linear", norm_bound))
+    functions = Functions("linear, 2-norm", NORM, positive("rademacher_linear", "norm_bound", norm_bound))
     options = Options(
         draws, seed, distribution, stderr, max_draws, precision, nan_policy, first_draw, bound, memory, progress
     )
@@ -168,7 +169,7 @@ def rademacher_l1(
     >>> round(float(rx.rademacher_l1(torch.eye(100), norm_bound=2.0, draws=8, seed=0)), 6)  # 2 / 100
     0.02
     """
-    functions = Functions("linear, 1-norm", MAGNITUDE, norm_bound_of("rademacher_l1", norm_bound))
+    functions = Functions("linear, 1-norm", MAGNITUDE, positive("rademacher_l1", "norm_bound", norm_bound))
     options = Options(
         draws, seed, distribution, stderr, max_draws, precision, nan_policy, first_draw, bound, memory, progress
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._ops_rademacher import SUPREMA, ops
 from .arguments import check_floating, values_readable
+from .progress import progress_bar
 from .samples import as_tensor
 
 SIGN_BLOCK = 1024  # csrc/math/rademacher.h kSignBlock
@@ -146,14 +147,12 @@ def streamed_suprema(
 
     `inspect(first row, block, its largest magnitudes [m])` sees every block of the first reading.
     """
-    from tqdm import tqdm
 
     groups: list[tuple[Tensor, Tensor]] = []
     largest = row_norm = None
     start = n = total = 0
     known = rows.shape[0] if rows.shape else None
-    hidden = None if progress is None else not progress
-    with tqdm(total=known, desc=rows.function, unit="row", unit_scale=True, delay=1.0, disable=hidden) as bar:
+    with progress_bar(rows.function, known, progress) as bar:
         while start < draws.count:
             sums, count, seen = None, 0, 0
             for first_row, block in rows:

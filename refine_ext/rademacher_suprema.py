@@ -15,6 +15,7 @@ from ._call import called
 from ._ops_rademacher import SUPREMA, ops
 from .arguments import check_floating, check_seed, values_readable, whole
 from .complexity_estimate import Estimate
+from .progress import progress_bar
 
 LARGEST, MAGNITUDE, NORM = (SUPREMA.index(name) for name in ("largest", "magnitude", "norm"))
 MEMORY = 1 << 30
@@ -51,14 +52,6 @@ class Options(NamedTuple):
 
 
 Range = tuple[int, int, int]  # first draw, draws, seed
-
-
-def norm_bound_of(function: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{function}: norm_bound must be a number, got {type(value).__name__}")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{function}: norm_bound must be positive and finite, got {value}")
-    return float(value)
 
 
 def seed_of(function: str, seed: int | None) -> int:
@@ -173,12 +166,8 @@ def _in_calls(
     function: str, outputs: Tensor, count: int, first: int, arguments: tuple, progress: bool | None
 ) -> tuple[Tensor, ...]:
     """The op in several calls, between which a bar moves and Ctrl-C is heard."""
-    from tqdm import tqdm
-
     parts = []
-    with tqdm(
-        total=count, desc=function, unit="draw", delay=1.0, disable=None if progress is None else not progress
-    ) as bar:
+    with progress_bar(function, count, progress, "draw") as bar:
         for start in range(0, count, _CALL_DRAWS):
             some = min(_CALL_DRAWS, count - start)
             parts.append(called(function, _OP, False, outputs, some, first + start, *arguments))

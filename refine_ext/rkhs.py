@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import check_floating
+from .arguments import check_floating, positive
 from .complexity_estimate import Estimate
+from .progress import progress_bar
 from .rademacher_stream import Multipliers, add_sums, column_peaks, multipliers
 from .rademacher_suprema import (
     MEMORY,
@@ -23,7 +24,6 @@ from .rademacher_suprema import (
     check_options,
     draw,
     made,
-    norm_bound_of,
     refuse_nonfinite,
 )
 from .samples import as_tensor
@@ -79,7 +79,7 @@ def rademacher_rkhs(
     >>> rx.rademacher_rkhs(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), draws="all")  # (sqrt(6) + sqrt(2)) / 2 / 2
     Estimate(0.965926 (kernel, norm, all 4 sign vectors, n = 2))
     """
-    functions = Functions("kernel, norm", NORM, norm_bound_of(_NAME, norm_bound))
+    functions = Functions("kernel, norm", NORM, positive(_NAME, "norm_bound", norm_bound))
     options = Options(draws, seed, distribution, stderr, max_draws, 3, nan_policy, first_draw, bound, memory, progress)
     check_options(_NAME, options)
     n, block = _blocks(gram, kernel, x, check=nan_policy == "raise")
@@ -147,15 +147,13 @@ def _blocks(gram: Any, kernel: Kernel | None, x: Any, check: bool) -> tuple[int,
 
 def _suprema(n: int, block: Callable[[int, int], Tensor], range_: Range, options: Options) -> tuple[Tensor, Tensor]:
     """sqrt(sigma' G sigma) / n of each draw, and G's diagonal."""
-    from tqdm import tqdm
 
     first, count, seed = range_
     group = min(count, max(1, options.memory // (24 * _BLOCK)))
     starts = range(0, n, _BLOCK)
     parts, diagonals = [], []
-    hidden = None if options.progress is None else not options.progress
     total = -(-count // group) * len(starts) * (len(starts) + 1) // 2
-    with tqdm(total=total, desc=_NAME, unit="block", delay=1.0, disable=hidden) as bar, torch.no_grad():
+    with progress_bar(_NAME, total, options.progress, "block") as bar, torch.no_grad():
         for start in range(0, count, group):
             draws = Multipliers(min(group, count - start), first + start, seed, options.distribution == "normal")
             squares = None

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import check_latent_scale, guide_and_weight, refined_prediction
+from .arguments import positive
+from .denoiser import guide_and_weight, refined_prediction
 from .guide import Guide, PerSample
 
 # Schedulers by what their sample is: alpha x_0 + sigma eps with the level looked up by timestep, the model's input
@@ -220,7 +221,7 @@ def wrap_scheduler(
             f"wrap_scheduler: this {family} is guided already; {family}.from_config(scheduler.config) is a plain one"
         )
     guide, weight = guide_and_weight(discriminator, weight, options)
-    hook = _Hook(guide, weight, check_latent_scale("wrap_scheduler", latent_scale))
+    hook = _Hook(guide, weight, positive("wrap_scheduler", "latent_scale", latent_scale))
     wrapped = copy.deepcopy(scheduler)
     wrapped.__class__ = _guided_class(type(scheduler), family, hook)
     wrapped.discriminator_extra = discriminator_extra

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import whole
+from .arguments import not_negative, whole
 from .gaussian_kl import gaussian_kl
 from .log_mixture import log_mixture
 from .vae_bound_result import VAEBound
@@ -94,10 +94,7 @@ def vae_bound(
     work = prepare(
         _FUNCTION, encoder, decoder, data, likelihood, draws=draws, seed=seed, batch_size=batch_size, least=2
     )
-    if not isinstance(rho, (int, float)) or isinstance(rho, bool):
-        raise TypeError(f"{_FUNCTION}: rho must be a number, got {type(rho).__name__}")
-    if not 0.0 <= rho < math.inf:
-        raise ValueError(f"{_FUNCTION}: rho must be finite and not negative, got {rho}")
+    rho = not_negative(_FUNCTION, "rho", rho)
     if latents not in ("posterior", "prior"):
         raise ValueError(f"{_FUNCTION}: latents must be posterior or prior, got {latents!r}")
     if auxiliary_decoder is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from .arguments import whole
+from .arguments import positive, whole
 from .samples import rows_text
 
 Output = tuple[Tensor, ...]  # of a decoder, as one tensor [..., D] for each parameter of a pixel's law
@@ -94,7 +94,7 @@ class GaussianLikelihood:
     parameters: tuple[str, ...] = field(default=("mean", "log_scale"), init=False)
 
     def __post_init__(self) -> None:
-        _check_scale("GaussianLikelihood", self.scale)
+        positive("GaussianLikelihood", "scale", self.scale)
 
     def complete(self, output: Output) -> Output:
         return _with_scale(output, self.scale)
@@ -139,7 +139,7 @@ class DiscretizedLogisticLikelihood:
     parameters: tuple[str, ...] = field(default=("mean", "log_scale"), init=False)
 
     def __post_init__(self) -> None:
-        _check_scale("DiscretizedLogisticLikelihood", self.scale)
+        positive("DiscretizedLogisticLikelihood", "scale", self.scale)
         whole("DiscretizedLogisticLikelihood", "levels", self.levels, 2)
         if not self.low < self.high:
             raise ValueError(
@@ -213,11 +213,6 @@ def likelihood_of(function: str, likelihood: Any) -> Likelihood:
             f"GaussianLikelihood(scale=0.1), got {likelihood!r}"
         )
     return likelihood  # type: ignore[no-any-return]
-
-
-def _check_scale(name: str, scale: float) -> None:
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"{name}: scale must be positive and finite, got {scale}")
 
 
 def _with_scale(output: Output, scale: float) -> Output:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import positive
 from .gaussian_kl import importance_log_weights
 from .results import JSONResult, SampleValues
 from .vae_likelihoods import Likelihood, LikelihoodName
@@ -106,8 +107,7 @@ def importance_weighted_log_likelihood(
     >>> importance_weighted_log_likelihood(*model, torch.eye(4), draws=8, seed=0).values.shape
     torch.Size([4])
     """
-    if not 0.0 < widen < math.inf:
-        raise ValueError(f"{_FUNCTION}: widen must be positive and finite, got {widen}")
+    widen = positive(_FUNCTION, "widen", widen)
     work = prepare(_FUNCTION, encoder, decoder, data, likelihood, draws=draws, seed=seed, batch_size=batch_size)
     found: list[list[Tensor]] = [[], [], [], []]
     with evaluation(encoder, decoder):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .arguments import whole
+from .progress import progress_bar
 from .results import PicturedResult, SampleValues
 from .samples import as_tensor, check_finite_rows, rows_text
 
@@ -146,7 +147,6 @@ def memorization_score(
     >>> memorization_score(lambda x, s: lambda y: fit(x, s)(y)[:, 0], torch.tensor([0.0, 1.0, 8.0]), folds=3).highest(1)
     tensor([2])
     """
-    from tqdm import tqdm
 
     x = as_tensor(data, function=_FUNCTION, argument="data")
     n = len(x)
@@ -166,8 +166,7 @@ def memorization_score(
             held_out[repetition * folds + fold, part] = True
     seeds = torch.randint(2**31, (len(held_out),), generator=generator).tolist()
     table = _Checkpoint(checkpoint, x, folds, repetitions, seed)
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(held_out), desc=_FUNCTION, unit="model", delay=1.0, disable=hidden) as bar:
+    with progress_bar(_FUNCTION, len(held_out), progress, "model") as bar:
         for index in range(len(held_out)):
             if len(table.rows) <= index:
                 log_density = fit(x[~held_out[index]], seeds[index])(x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import whole
 from .guidance import philox_normal
+from .progress import progress_bar
 from .rademacher_suprema import seed_of
 from .samples import as_tensor, check_finite_rows, rows_text
 from .vae_likelihoods import Likelihood, Output, likelihood_of
@@ -160,12 +161,7 @@ class Work(NamedTuple):
 
     def batches(self, progress: bool | None) -> Iterator[tuple[int, Tensor]]:
         """(first row, samples where the networks are), with a bar."""
-        from tqdm import tqdm
-
-        hidden = None if progress is None else not progress
-        with tqdm(
-            total=len(self.data), desc=self.vae.function, unit="sample", unit_scale=True, delay=1.0, disable=hidden
-        ) as bar:
+        with progress_bar(self.vae.function, len(self.data), progress, "sample") as bar:
             for first in range(0, len(self.data), self.rows):
                 x = self.data[first : first + self.rows]
                 yield first, x.to(self.like)

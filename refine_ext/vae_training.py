@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .arguments import whole
+from .arguments import not_negative, positive, whole
 from .gaussian_kl import gaussian_kl
+from .progress import progress_bar
 from .rademacher_suprema import seed_of
 from .training import isolated_rng
 from .vae_likelihoods import Likelihood, LikelihoodName, likelihood_of
@@ -112,10 +113,7 @@ def vae_bound_loss(
         check_callable(function, argument, network)
     _check_batch(function, "x", x)
     draws, seed = whole(function, "draws", draws, 1), seed_of(function, seed)
-    if not 0.0 <= rho < math.inf:
-        raise ValueError(f"{function}: rho must be finite and not negative, got {rho}")
-    if not 0.0 < smallest < math.inf:
-        raise ValueError(f"{function}: smallest must be positive and finite, got {smallest}")
+    rho, smallest = not_negative(function, "rho", rho), positive(function, "smallest", smallest)
     if auxiliary_decoder is None and auxiliary_x is not None:
         raise ValueError(f"{function}: auxiliary_x needs an auxiliary_decoder")
     if auxiliary_decoder is not None:
@@ -194,7 +192,6 @@ def fit_auxiliary_decoder(
     >>> fit_auxiliary_decoder(encoder, decoder, torch.eye(4), epochs=2)
     Linear(in_features=2, out_features=4, bias=True)
     """
-    from tqdm import tqdm
 
     function = "fit_auxiliary_decoder"
     model = decoder if architecture is None else architecture
@@ -202,8 +199,7 @@ def fit_auxiliary_decoder(
         argument = "decoder" if architecture is None else "architecture"
         raise TypeError(f"{function}: {argument} must be a torch module, got {type(model).__name__}")
     epochs = whole(function, "epochs", epochs, 1)
-    if not 0.0 < learning_rate < math.inf:
-        raise ValueError(f"{function}: learning_rate must be positive and finite, got {learning_rate}")
+    learning_rate = positive(function, "learning_rate", learning_rate)
     work = prepare(function, encoder, model, data, likelihood, draws=1, seed=seed, batch_size=batch_size)
     device = work.like.device
     with isolated_rng(seed, device):
@@ -214,8 +210,7 @@ def fit_auxiliary_decoder(
         optimiser = torch.optim.Adam(trained.parameters(), learning_rate)
         generator = torch.Generator().manual_seed(seed)
         vae = work.vae._replace(decoder=trained)
-        hidden = None if progress is None else not progress
-        with tqdm(total=epochs, desc=function, unit="epoch", delay=1.0, disable=hidden) as bar, torch.enable_grad():
+        with progress_bar(function, epochs, progress, "epoch") as bar, torch.enable_grad():
             for epoch in range(1, epochs + 1):
                 for rows in torch.randperm(len(work.data), generator=generator).split(work.rows):
                     x = work.data[rows].to(work.like)

@@ -163,6 +163,16 @@ NAN = torch.tensor([[0.0, 0.0], [0.0, math.nan], [0.0, 0.0]])
         (lambda: rx.log_mixture(X, NAN, 1.0), ValueError, "centers has NaN in row 1$"),
         (lambda: rx.log_mixture(X, iter([Y, NAN]), 1.0), ValueError, "centers has NaN in row 1$"),
         (lambda: rx.log_mixture(X, Y, 1.0, -torch.ones(4)), ValueError, "weights must not be negative, got -1 at 0"),
+        (
+            lambda: rx.log_mixture(X, Y, 1.0, torch.tensor([1, math.nan, 1, 1])),
+            ValueError,
+            "weights must not be negative, got nan at 1",
+        ),
+        (
+            lambda: rx.log_mixture(X, Y, 1.0, log_weights=torch.tensor([0, 0, math.nan, 0])),
+            ValueError,
+            "log_weights has NaN in row 2$",
+        ),
         (lambda: rx.log_mixture(X, Y, 1.0, torch.ones(3)), ValueError, r"weights must be \[4\]"),
         (lambda: rx.log_mixture(X, Y, 1.0, torch.ones(4), log_weights=torch.ones(4)), ValueError, "not both"),
         (lambda: rx.log_mixture(X, Y, 1.0, leave_one_out=True), ValueError, "as many x as centers, got 3 and 4"),
