@@ -135,7 +135,22 @@ void chosen_distances(const float* x, const float* y, const int32_t* chosen, int
 }
 
 // Where float32 may have lost squares to underflow or the sum to overflow.
-REFINE_EXT_INLINE bool is_outside(float distance) { return distance < 1e-28f || distance > 1e37f; }
+constexpr float kLeastDistance = 1e-28f, kMostDistance = 1e37f;
+REFINE_EXT_INLINE bool is_outside(float distance) {
+  return distance < kLeastDistance || distance > kMostDistance;
+}
+
+bool any_outside(const float* distances, int64_t count) {
+  Bits some{};
+  int64_t c = 0;
+  for (; c + kWidth <= count; c += kWidth) {
+    const V each = V::load(distances + c);
+    some |= (each < V::splat(kLeastDistance)).bits | (each > V::splat(kMostDistance)).bits;
+  }
+  bool outside = any(VecMask<float>{some});
+  for (; c < count; ++c) outside |= is_outside(distances[c]);
+  return outside;
+}
 
 double exact_distance(const float* x, const float* y, int64_t stride) {
   D sum = D::splat(0);
@@ -177,13 +192,27 @@ int64_t keep(double* t, int64_t count, double least, const int32_t* chosen, int3
   return kept;
 }
 
+// Both in float32.
+REFINE_EXT_INLINE V narrowed(D low, D high) {
+#if defined(__AVX512F__)
+  // Halves put together in memory are read only after both have been written.
+  return {(V::Native)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)low.v)),
+                                        _mm512_cvtpd_ps((__m512d)high.v), 1)};
+#else
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  const Half halves[2] = {__builtin_convertvector(low.v, Half), __builtin_convertvector(high.v, Half)};
+  V both;
+  std::memcpy(&both, halves, sizeof both);
+  return both;
+#endif
+}
+
 MixtureState reduce(const WideCenters& centers, int64_t first, const float* x, int64_t exclude,
                     const float* distances, const int32_t* chosen, int64_t count, double* t,
                     KeptCenters& kept) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const double *rate = centers.rate + first, *weight = centers.log2_weight + first;
-  bool outside = false;
-  for (int64_t c = 0; c < count; ++c) outside |= is_outside(distances[c]);
+  const bool outside = any_outside(distances, count);
   if (chosen) {
     for (int64_t c = 0; c < count; ++c) t[c] = weight[chosen[c]] - rate[chosen[c]] * distances[c];
   } else {
@@ -242,13 +271,8 @@ MixtureState reduce(const WideCenters& centers, int64_t first, const float* x, i
   for (c = total; c % kWidth != 0; ++c) t[c] = -kInfinity;
   WideSum<float> sum, squares;
   for (c = 0; c < total; c += kWidth) {
-    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-    V difference;
-    for (int part = 0; part < 2; ++part) {
-      const D each = (D::load(t + c + part * D::kWidth) - D::splat(largest)) * D::splat(kLn2);
-      const Half half = __builtin_convertvector(each.v, Half);
-      std::memcpy(reinterpret_cast<char*>(&difference) + part * sizeof half, &half, sizeof half);
-    }
+    const auto below = [&](int64_t at) { return (D::load(t + at) - D::splat(largest)) * D::splat(kLn2); };
+    const V difference = narrowed(below(c), below(c + D::kWidth));
     const V power = select(difference < V::splat(-100), V::splat(0), vector_exp(difference));
     power.store(kept.weight + c);
     sum.add(power);
