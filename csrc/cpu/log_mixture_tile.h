@@ -236,6 +236,21 @@ REFINE_EXT_INLINE Vec<S> multiply_add(Vec<S> a, Vec<S> b, Vec<S> c) {
 #endif
 }
 
+// c - a * b, the same.
+template <class S>
+REFINE_EXT_INLINE Vec<S> minus_product(Vec<S> a, Vec<S> b, Vec<S> c) {
+#if defined(__AVX512F__)
+  using Native = typename Vec<S>::Native;
+  if constexpr (sizeof(S) == 4) {
+    return {(Native)_mm512_fnmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
+  } else {
+    return {(Native)_mm512_fnmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v)};
+  }
+#else
+  return multiply_add({-a.v}, b, c);
+#endif
+}
+
 // x - *y in all lanes. A compiler loads what two subtractions share into a register, which takes a slot that
 // the arithmetic wants: as a part of both instructions the loads are free.
 template <class S>
@@ -250,6 +265,21 @@ REFINE_EXT_INLINE Vec<S> minus_broadcast(Vec<S> x, const S* y) {
   return difference;
 #else
   return x - Vec<S>::splat(*y);
+#endif
+}
+
+// a * *b + c in one rounding, the same.
+template <class S>
+REFINE_EXT_INLINE Vec<S> multiply_broadcast_add(Vec<S> a, const S* b, Vec<S> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c.v) : "v"(a.v), "m"(*b));
+  } else {
+    asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(c.v) : "v"(a.v), "m"(*b));
+  }
+  return c;
+#else
+  return multiply_add(a, Vec<S>::splat(*b), c);
 #endif
 }
 
@@ -311,7 +341,7 @@ REFINE_EXT_INLINE void tile_distances(const S* rows, const CenterTile<S>& tile, 
 // rounding alone is not small.
 template <class S>
 REFINE_EXT_INLINE Vec<S> exponent(Vec<S> slope, Vec<S> log2_weight, Vec<S> distance, Vec<S> opposite) {
-  return (log2_weight - rounded_product(slope, distance)) + opposite;
+  return minus_product(slope, distance, log2_weight) + opposite;
 }
 template <class S>
 REFINE_EXT_INLINE Vec<S> exponent(const CenterTile<S>& tile, int j, Vec<S> distance, Vec<S> opposite) {
