@@ -177,10 +177,12 @@ REFINE_EXT_INLINE void add_mean(const MixturePiece<S>& piece, const S* values,
     V sum[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kCenters; ++j) {
-      const V y = V::splat(values[k * kCenters + j]);
+      const S* y = values + k * kCenters + j;
 #pragma GCC unroll 4
-      for (int r = 0; r < kVectors; ++r)
-        sum[r] = j == 0 ? parts[r].weights[0] * y : parts[r].weights[j] * y + sum[r];
+      for (int r = 0; r < kVectors; ++r) {
+        const V weight = parts[r].weights[j];
+        sum[r] = j == 0 ? weight * V::splat(*y) : multiply_broadcast_add(weight, y, sum[r]);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kVectors; ++r) {

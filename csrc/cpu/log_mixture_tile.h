@@ -42,6 +42,27 @@ struct Lines {
   typedef typename IntegerOf<S>::type Index __attribute__((vector_size(kLanes * sizeof(S))));
 };
 
+// Off-diagonal halves of blocks of 2 kStep change places, then those of larger ones. A step is a constant,
+// and so are its indices.
+template <int kStep, class S, int kLanes>
+REFINE_EXT_INLINE void exchange(typename Lines<S, kLanes>::Line (&line)[kLanes]) {
+  using Line = typename Lines<S, kLanes>::Line;
+  typename Lines<S, kLanes>::Index low, high;
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = l & kStep ? kLanes + l - kStep : l;
+    high[l] = l & kStep ? kLanes + l : l + kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const Line a = line[i], b = line[i + kStep];
+    line[i] = __builtin_shuffle(a, b, low);
+    line[i + kStep] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (2 * kStep < kLanes) exchange<2 * kStep, S>(line);
+}
+
 // to[k * step + i] = from[i * stride + k] for k < d; lanes i from `count` on repeat the last.
 template <int kLanes, class S>
 REFINE_EXT_INLINE void transpose(const S* from, int64_t stride, int64_t count, int64_t d, S* to,
@@ -55,23 +76,7 @@ REFINE_EXT_INLINE void transpose(const S* from, int64_t stride, int64_t count, i
     Line line[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) line[i] = *reinterpret_cast<const Unaligned*>(row[i] + k);
-    // Off-diagonal halves of blocks of 2 s change places.
-#pragma GCC unroll 4
-    for (int s = 1; s < kLanes; s *= 2) {
-      typename Lines<S, kLanes>::Index low, high;
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) {
-        low[l] = l & s ? kLanes + l - s : l;
-        high[l] = l & s ? kLanes + l : l + s;
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (i & s) continue;
-        const Line a = line[i], b = line[i + s];
-        line[i] = __builtin_shuffle(a, b, low);
-        line[i + s] = __builtin_shuffle(a, b, high);
-      }
-    }
+    exchange<1, S>(line);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) *reinterpret_cast<Unaligned*>(to + (k + i) * step) = line[i];
   }
@@ -109,14 +114,19 @@ inline void pack(const T* from, int64_t stride, int64_t count, int64_t d, S* to,
 template <class S>
 REFINE_EXT_INLINE bool all_finite(const S* values, int64_t count) {
   using V = Vec<S>;
-  V zero = V::splat(0);
+  constexpr int kParts = 4;  // that do not wait for each other
+  V zero[kParts];
+  for (V& part : zero) part = V::splat(0);
   int64_t e = 0;
-  for (; e + V::kWidth <= count; e += V::kWidth) {
-    const V x = V::load(values + e);
-    zero = zero + (x - x);
+  for (; e + kParts * V::kWidth <= count; e += kParts * V::kWidth) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const V x = V::load(values + e + p * V::kWidth);
+      zero[p] = zero[p] + (x - x);
+    }
   }
-  for (; e < count; ++e) zero.v[0] += values[e] - values[e];
-  return horizontal_sum(zero) == 0.0;
+  for (; e < count; ++e) zero[0].v[0] += values[e] - values[e];
+  return !any((zero[0] + zero[1]) + (zero[2] + zero[3]) != V::splat(0));
 }
 
 // Rows [first, first + kVectors * kWidth) of x, as far as there are: to[k * kVectors * kWidth + lane].
@@ -236,6 +246,21 @@ REFINE_EXT_INLINE Vec<S> multiply_add(Vec<S> a, Vec<S> b, Vec<S> c) {
 #endif
 }
 
+// c - a * b, the same.
+template <class S>
+REFINE_EXT_INLINE Vec<S> minus_product(Vec<S> a, Vec<S> b, Vec<S> c) {
+#if defined(__AVX512F__)
+  using Native = typename Vec<S>::Native;
+  if constexpr (sizeof(S) == 4) {
+    return {(Native)_mm512_fnmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
+  } else {
+    return {(Native)_mm512_fnmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v)};
+  }
+#else
+  return multiply_add({-a.v}, b, c);
+#endif
+}
+
 // x - *y in all lanes. A compiler loads what two subtractions share into a register, which takes a slot that
 // the arithmetic wants: as a part of both instructions the loads are free.
 template <class S>
@@ -250,6 +275,21 @@ REFINE_EXT_INLINE Vec<S> minus_broadcast(Vec<S> x, const S* y) {
   return difference;
 #else
   return x - Vec<S>::splat(*y);
+#endif
+}
+
+// a * *b + c in one rounding, the same.
+template <class S>
+REFINE_EXT_INLINE Vec<S> multiply_broadcast_add(Vec<S> a, const S* b, Vec<S> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c.v) : "v"(a.v), "m"(*b));
+  } else {
+    asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(c.v) : "v"(a.v), "m"(*b));
+  }
+  return c;
+#else
+  return multiply_add(a, Vec<S>::splat(*b), c);
 #endif
 }
 
@@ -289,7 +329,8 @@ REFINE_EXT_INLINE void few_squares(const S* rows, const S* centers, Vec<S> (&sum
     for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 4
       for (int k = 0; k < kDims; ++k) {
-        const V z = V::load(rows + (k * kVectors + v) * V::kWidth) - V::splat(centers[k * kCenters + j]);
+        const V z =
+            minus_broadcast(V::load(rows + (k * kVectors + v) * V::kWidth), centers + k * kCenters + j);
         sum[v][j] = k == 0 ? z * z : multiply_add(z, z, sum[v][j]);
       }
     }
@@ -311,7 +352,7 @@ REFINE_EXT_INLINE void tile_distances(const S* rows, const CenterTile<S>& tile, 
 // rounding alone is not small.
 template <class S>
 REFINE_EXT_INLINE Vec<S> exponent(Vec<S> slope, Vec<S> log2_weight, Vec<S> distance, Vec<S> opposite) {
-  return (log2_weight - rounded_product(slope, distance)) + opposite;
+  return minus_product(slope, distance, log2_weight) + opposite;
 }
 template <class S>
 REFINE_EXT_INLINE Vec<S> exponent(const CenterTile<S>& tile, int j, Vec<S> distance, Vec<S> opposite) {

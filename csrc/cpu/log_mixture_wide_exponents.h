@@ -11,7 +11,23 @@
 namespace refine_ext::REFINE_EXT_ISA {
 
 // Where float32 may have lost squares to underflow or the sum to overflow.
-REFINE_EXT_INLINE bool is_outside(float distance) { return distance < 1e-28f || distance > 1e37f; }
+constexpr float kLeastDistance = 1e-28f, kMostDistance = 1e37f;
+REFINE_EXT_INLINE bool is_outside(float distance) {
+  return distance < kLeastDistance || distance > kMostDistance;
+}
+
+inline bool any_outside(const float* distances, int64_t count) {
+  using V = Vec<float>;
+  V::Bits some{};
+  int64_t c = 0;
+  for (; c + V::kWidth <= count; c += V::kWidth) {
+    const V each = V::load(distances + c);
+    some |= (each < V::splat(kLeastDistance)).bits | (each > V::splat(kMostDistance)).bits;
+  }
+  bool outside = any(VecMask<float>{some});
+  for (; c < count; ++c) outside |= is_outside(distances[c]);
+  return outside;
+}
 
 inline double exact_distance(const float* x, const float* y, int64_t stride) {
   using D = Vec<double>;
@@ -32,8 +48,7 @@ inline double exact_distance(const float* x, const float* y, int64_t stride) {
 inline void exponents(const WideCenters& centers, int64_t first, const float* x, int64_t exclude,
                       const float* distances, const int32_t* chosen, int64_t count, double* t) {
   const double *rate = centers.rate + first, *weight = centers.log2_weight + first;
-  bool outside = false;
-  for (int64_t c = 0; c < count; ++c) outside |= is_outside(distances[c]);
+  const bool outside = any_outside(distances, count);
   if (chosen) {
     for (int64_t c = 0; c < count; ++c) t[c] = weight[chosen[c]] - rate[chosen[c]] * distances[c];
   } else {
@@ -52,17 +67,28 @@ inline void exponents(const WideCenters& centers, int64_t first, const float* x,
   }
 }
 
-// exp2(t[c + lane] - reference), 0 where that is below e^-100.
+// Both in float32.
+REFINE_EXT_INLINE Vec<float> narrowed(Vec<double> low, Vec<double> high) {
+  using V = Vec<float>;
+#if defined(__AVX512F__)
+  // Halves put together in memory are read only after both have been written.
+  return {(V::Native)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)low.v)),
+                                        _mm512_cvtpd_ps((__m512d)high.v), 1)};
+#else
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  const Half halves[2] = {__builtin_convertvector(low.v, Half), __builtin_convertvector(high.v, Half)};
+  V both;
+  std::memcpy(&both, halves, sizeof both);
+  return both;
+#endif
+}
+
+// exp2(t[lane] - reference), 0 where that is below e^-100.
 REFINE_EXT_INLINE Vec<float> powers(const double* t, double reference) {
   using V = Vec<float>;
   using D = Vec<double>;
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  V difference;
-  for (int part = 0; part < 2; ++part) {
-    const D each = (D::load(t + part * D::kWidth) - D::splat(reference)) * D::splat(kLn2);
-    const Half half = __builtin_convertvector(each.v, Half);
-    std::memcpy(reinterpret_cast<char*>(&difference) + part * sizeof half, &half, sizeof half);
-  }
+  const auto below = [&](int64_t at) { return (D::load(t + at) - D::splat(reference)) * D::splat(kLn2); };
+  const V difference = narrowed(below(0), below(D::kWidth));
   return select(difference < V::splat(-100), V::splat(0), vector_exp(difference));
 }
 
