@@ -31,9 +31,9 @@ bool in_float32(const MixtureInputs& in) { return in.storage != Storage::float64
 bool is_small(const MixtureInputs& in) {
   return in_float32(in) && in.d <= kFewDimensions && in.scale_kind != MixtureScale::per_dimension;
 }
-bool is_product(const LogMixtureProblem& p) {
-  return in_float32(p.in) && p.in.d >= kManyDimensions && !p.stats && !p.mean &&
-         p.in.scale_kind != MixtureScale::per_dimension;
+// Whether values alone are made of products.
+bool multiplies(const MixtureInputs& in) {
+  return in_float32(in) && in.d >= kManyDimensions && in.scale_kind != MixtureScale::per_dimension;
 }
 template <class F>
 void with_compute(const MixtureInputs& in, F&& f) {
@@ -80,11 +80,13 @@ struct ForwardPlan {
   WeightBlock block;
   void* sums;
   bool divided = false;  // chunks have blocks of their own
+  bool multiplied = false;
   ProductTask product{};
   bool product_divided = false;
   int64_t used;
 
-  ForwardPlan(const LogMixtureProblem& p, void* memory)
+  // direct: from differences whatever the dimension.
+  ForwardPlan(const LogMixtureProblem& p, void* memory, bool direct = false)
       : task{p, 0, 0, 0, nullptr, nullptr}, block{}, sums(nullptr) {
     const MixtureInputs& in = p.in;
     const int64_t tile_rows = in_float32(in) ? PairTile<float>::kRows : PairTile<double>::kRows;
@@ -106,7 +108,8 @@ struct ForwardPlan {
       block.weights = arrays.take_bytes(rows * block.stride * compute);
       sums = arrays.take_bytes(rows * in.d * compute);
     }
-    if (is_product(p)) {
+    multiplied = !direct && multiplies(in) && !p.mean && !p.stats;
+    if (multiplied) {
       const int64_t row_tiles = ceil_div(in.m, kProductTile), center_tiles = ceil_div(in.n, kProductTile);
       product.mixture = task;
       product.mixture.row_tiles = row_tiles;
@@ -230,7 +233,29 @@ void launch_mean(const ForwardPlan& plan, void* stream) {
   });
 }
 
+void launch_forward(const ForwardPlan& plan, void* stream) {
+  const LogMixtureProblem& p = plan.task.p;
+  if (is_small(p.in)) {
+    launch_small(plan, stream);
+  } else {
+    if (plan.multiplied) launch_product(plan, stream);
+    with_compute(p.in, [&](auto tag) {
+      with_flag(p.in.scale_kind == MixtureScale::per_dimension, [&](auto dims) {
+        with_flag(p.stats, [&](auto stats) {
+          launch_rows<decltype(tag), 0, decltype(dims)::value, true, false, decltype(stats)::value>(plan,
+                                                                                                    stream);
+        });
+      });
+    });
+    if (p.mean) launch_mean(plan, stream);
+  }
+  launch("log_mixture", mixture_exact_kernel, ceil_div(p.in.m, kMixtureThreads), kMixtureThreads, stream, p);
+}
+
 struct BackwardPlan {
+  LogMixtureBackwardProblem p;
+  LogMixtureProblem direct{};  // the values once more, or of no rows
+  void* direct_memory = nullptr;
   bool centers;  // anything but x
   GradientTask of_rows, of_centers;
   WeightBlock block;
@@ -240,8 +265,9 @@ struct BackwardPlan {
   RowReference* exact_rows;
   int64_t used;
 
-  BackwardPlan(const LogMixtureBackwardProblem& p, void* memory)
-      : of_rows{},
+  BackwardPlan(const LogMixtureBackwardProblem& problem, void* memory)
+      : p(problem),
+        of_rows{},
         of_centers{},
         block{},
         row_sums{},
@@ -252,6 +278,13 @@ struct BackwardPlan {
     const MixtureInputs& in = p.in;
     const int64_t compute = in_float32(in) ? 4 : 8;
     Arrays arrays{memory};
+    if (multiplies(in)) {
+      // A value made of products is up to kProductTolerance of itself off, which each weight would be off by:
+      // only the rounding of the differences that it is made of itself cancels.
+      direct.in = in;
+      p.value = direct.value = arrays.take<double>(in.m);
+      direct_memory = arrays.take_bytes(ForwardPlan(direct, nullptr, true).used);
+    }
     centers = p.grad_centers || p.grad_scale || p.grad_log_weights;
     last.p = p;
     extremes = arrays.take<int>(2 * kExtremeBlocks);
@@ -303,33 +336,20 @@ void launch_gradient(const GradientTask& task, void* stream) {
 int64_t log_mixture_workspace(const LogMixtureProblem& p) { return ForwardPlan(p, nullptr).used; }
 
 void log_mixture(const LogMixtureProblem& p, void* memory, void* stream) {
-  if (p.in.m == 0) return;
-  const ForwardPlan plan(p, memory);
-  if (is_small(p.in)) {
-    launch_small(plan, stream);
-  } else {
-    if (is_product(p)) launch_product(plan, stream);
-    with_compute(p.in, [&](auto tag) {
-      with_flag(p.in.scale_kind == MixtureScale::per_dimension, [&](auto dims) {
-        with_flag(p.stats, [&](auto stats) {
-          launch_rows<decltype(tag), 0, decltype(dims)::value, true, false, decltype(stats)::value>(plan,
-                                                                                                    stream);
-        });
-      });
-    });
-    if (p.mean) launch_mean(plan, stream);
-  }
-  launch("log_mixture", mixture_exact_kernel, ceil_div(p.in.m, kMixtureThreads), kMixtureThreads, stream, p);
+  if (p.in.m > 0) launch_forward(ForwardPlan(p, memory), stream);
 }
 
 int64_t log_mixture_backward_workspace(const LogMixtureBackwardProblem& p) {
   return BackwardPlan(p, nullptr).used;
 }
 
-void log_mixture_backward(const LogMixtureBackwardProblem& p, void* memory, void* stream) {
+void log_mixture_backward(const LogMixtureBackwardProblem& problem, void* memory, void* stream) {
   const char* op = "log_mixture_backward";
+  const BackwardPlan plan(problem, memory);
+  const LogMixtureBackwardProblem& p = plan.p;
   const MixtureInputs& in = p.in;
-  const BackwardPlan plan(p, memory);
+  if (plan.direct.in.m > 0 && (p.grad_x || plan.centers))
+    launch_forward(ForwardPlan(plan.direct, plan.direct_memory, true), stream);
   if (is_small(in)) {
     with_dimension(in.d, [&](auto dimension) {
       constexpr int kD = decltype(dimension)::value;

@@ -179,9 +179,9 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
                     place >= here || owner >= owners || (in.exclude && in.exclude[row] == center);
                 p = out            ? C(0)
                     : is_coarse(h) ? coarse_weight(q, s, w, h, l)
-                                   : power_of_two(fused(q, s, w - h) - l);
+                                   : power_of_two(exponent(q, s, w, h) - l);
               } else {
-                p = power_of_two(fused(q, s, w - h) - l);
+                p = power_of_two(exponent(q, s, w, h) - l);
               }
               const C a = p * (kCenters ? third_of[c] : s);
 #pragma unroll

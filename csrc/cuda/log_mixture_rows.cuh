@@ -178,8 +178,8 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
   constexpr bool kMean = Sums::kHasMean, kStats = Sums::kHasStats;
   constexpr bool kPlain = !kMean && !kStats;
   const PairTile<C> mine;
-  const auto base = [&](int i, int c) {
-    return kWeighted ? weight[c] - sums.reference[i] : -sums.reference[i];
+  const auto exponent_of = [&](int i, int c) {
+    return exponent<kWeighted>(q(i, c), slope[c], weight[c], sums.reference[i]);
   };
 
   const auto note_largest = [&](int i, const C(&e)[kOwn]) {
@@ -216,7 +216,7 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
     sums.coarse |= coarse ? 1u << i : 0u;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
-      e[c] = coarse || !counts[c] ? e[c] - high : fused(q(i, c), slope[c], base(i, c));
+      e[c] = coarse || !counts[c] ? e[c] - high : exponent_of(i, c);
       w[c] = power_of_two(e[c]);
       sum += w[c];
     }
@@ -232,9 +232,9 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
     bool grown = careful != 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      added[i] = power_of_two(fused(q(i, 0), slope[0], base(i, 0)));
+      added[i] = power_of_two(exponent_of(i, 0));
 #pragma unroll
-      for (int c = 1; c < kOwn; ++c) added[i] += power_of_two(fused(q(i, c), slope[c], base(i, c)));
+      for (int c = 1; c < kOwn; ++c) added[i] += power_of_two(exponent_of(i, c));
       grown = grown || added[i] >= kGrown<C>;
     }
     if (!grown) {
@@ -256,7 +256,7 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
       C e[kOwn], w[kOwn], sum = C(0), most = -kInfinity<C>;
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
-        e[c] = fused(q(i, c), slope[c], base(i, c));
+        e[c] = exponent_of(i, c);
         w[c] = power_of_two(e[c]);
         sum += w[c];
         most = e[c] > most ? e[c] : most;
