@@ -155,16 +155,15 @@ inline constexpr int kMixtureBlocks = kD == 1 || (kD == 2 && !kWeighted) ? 3 : 2
 //     weighted 224, C=float32 d=4 mean 224, C=float32 d=3 mean 184, C=float32 d=2 mean 152, C=float32 d=2
 //     weighted 240, C=float32 d=1 mean 128, C=float64 d=0 weighted stats 184, C=float32 d=0 weighted stats
 //     232, C=float32 d=4 weighted mean 232, C=float32 d=3 weighted mean 192, C=float32 d=2 weighted mean
-//     160, C=float64 d=0 dims weighted stats 192, C=float32 d=0 dims weighted stats 248, C=float32 d=4
-//     weighted mean stats 248, C=float32 d=3 weighted mean stats 224, C=float32 d=2 weighted mean stats
-//     200, C=float32 d=1 weighted mean stats 160), local 0 (C=float32 d=2 24, C=float32 d=2 mean 0,
-//     C=float32 d=2 weighted 0, C=float32 d=1 weighted 8, C=float32 d=1 weighted mean 0), shared 10752
-//     (C=float32 d=3 8704, C=float32 d=2 6656, C=float32 d=1 4608, C=float64 d=0 weighted 13840, C=float32
-//     d=0 weighted 13840, C=float32 d=4 weighted 12800, C=float32 d=3 weighted 10752, C=float32 d=2
-//     weighted 8704, C=float32 d=1 weighted 6656, C=float64 d=0 dims weighted 18176, C=float32 d=0 dims
-//     weighted 18176), occupancy 12% (C=float32 d=2 18%, C=float32 d=1 18%, C=float32 d=2 weighted 12%,
-//     C=float32 d=1 mean 25%, C=float32 d=2 weighted mean 18%, C=float32 d=2 weighted mean stats 12%,
-//     C=float32 d=1 weighted mean stats 18%)
+//     160, C=float32 d=0 dims weighted stats 248, C=float32 d=4 weighted mean stats 248, C=float32 d=3
+//     weighted mean stats 224, C=float32 d=2 weighted mean stats 200, C=float32 d=1 weighted mean stats
+//     160), local 0 (C=float32 d=2 24, C=float32 d=2 mean 0, C=float32 d=2 weighted 0, C=float32 d=1
+//     weighted 8, C=float32 d=1 weighted mean 0), shared 10752 (C=float32 d=3 8704, C=float32 d=2 6656,
+//     C=float32 d=1 4608, C=float64 d=0 weighted 13840, C=float32 d=0 weighted 13840, C=float32 d=4
+//     weighted 12800, C=float32 d=3 weighted 10752, C=float32 d=2 weighted 8704, C=float32 d=1 weighted
+//     6656, C=float64 d=0 dims weighted 18176, C=float32 d=0 dims weighted 18176), occupancy 12% (C=float32
+//     d=2 18%, C=float32 d=1 18%, C=float32 d=2 weighted 12%, C=float32 d=1 mean 25%, C=float32 d=2
+//     weighted mean 18%, C=float32 d=2 weighted mean stats 12%, C=float32 d=1 weighted mean stats 18%)
 template <class C, int kD, bool kDims, bool kWeighted, bool kMean, bool kStats>
 __global__ void __launch_bounds__(kMixtureThreads, kMixtureBlocks<kD, kWeighted>)
     mixture_kernel(const MixtureTask task) {
