@@ -25,18 +25,6 @@ constexpr int64_t kRowBlocks = 16;   // at least, for the threads to share
 
 inline int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Whether any lane is set, by the instruction that there is for it.
-template <class S>
-REFINE_EXT_INLINE bool some(VecMask<S> mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask.bits, (__m512i)mask.bits) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)mask.bits) != 0;
-#else
-  return any(mask);
-#endif
-}
-
 template <class S>
 REFINE_EXT_INLINE S lanes_sum(Vec<S> v) {
 #if defined(__AVX512F__)
@@ -153,16 +141,15 @@ REFINE_EXT_INLINE bool tile_weights(const Scene<S>& at, int64_t panel, int64_t t
   constexpr int kWidth = Scene<S>::kWidth, kRows = Scene<S>::kRows, kCenters = Scene<S>::kCenters;
   // The exponent of the smallest normal number, and one of less than the smallest number.
   const V least = V::splat(S(1 - Tables<S>::kBias)), none = V::splat(S(-2 * Tables<S>::kBias));
-  squared_distances<kDims, kScaled>(at.x + panel * kRows * at.d, tile.values, tile.inverse, at.d, square);
+  tile_distances<kDims, kScaled>(at.x + panel * kRows * at.d, tile, at.d, square);
   V largest[2] = {none, none};
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
-    const V high = V::load(at.high + panel * kRows + r * kWidth);
+    const V opposite = V::splat(0) - V::load(at.high + panel * kRows + r * kWidth);
     const V low = V::load(at.low + panel * kRows + r * kWidth);
 #pragma GCC unroll 8
     for (int j = 0; j < kCenters; ++j) {
-      // As the forward has it: the large terms first, in one rounding.
-      w[r][j] = ((V::splat(-tile.slope[j]) * square[r][j] - high) + V::splat(tile.log2_weight[j])) - low;
+      w[r][j] = exponent(tile, j, square[r][j], opposite) - low;
     }
   }
   if (excluding) {
@@ -181,7 +168,7 @@ REFINE_EXT_INLINE bool tile_weights(const Scene<S>& at, int64_t panel, int64_t t
 #pragma GCC unroll 8
     for (int j = 0; j < kCenters; ++j) largest[r] = max_or_second(w[r][j], largest[r]);
   }
-  if (!some(max_or_second(largest[0], largest[1]) > least) && !at.undefined[panel]) return false;
+  if (!any(max_or_second(largest[0], largest[1]) > least) && !at.undefined[panel]) return false;
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
     const V grad = V::load(at.grad + panel * kRows + r * kWidth);

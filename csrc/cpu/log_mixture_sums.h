@@ -45,18 +45,6 @@ struct alignas(64) RowSums {
 // still a float32.
 constexpr double kMostOfTile = 0x1p40;
 
-// Whether any lane is set, by the instruction that there is for it.
-template <class S>
-REFINE_EXT_INLINE bool any_lane(VecMask<S> mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask.bits, (__m512i)mask.bits) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)mask.bits) != 0;
-#else
-  return any(mask);
-#endif
-}
-
 // sums[0 .. kWidth) += x.
 template <class S>
 REFINE_EXT_INLINE void add_wide(double* sums, Vec<S> x) {
@@ -91,71 +79,6 @@ struct TileWeights {
   Vec<S> sum;
   Vec<S> weights[kKeep ? MixtureTile<S>::kCenters : 1];
 };
-
-// a * b, rounded: not part of a multiply-add.
-template <class S>
-REFINE_EXT_INLINE Vec<S> rounded_product(Vec<S> a, Vec<S> b) {
-  Vec<S> product = a * b;
-#if defined(__AVX512F__)
-  asm("" : "+v"(product.v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(product.v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(product.v));
-#endif
-  return product;
-}
-
-// a * b + c in one rounding, where there is an instruction for it. Which of two roundings would otherwise be
-// the compiler's choice, in each place anew.
-template <class S>
-REFINE_EXT_INLINE Vec<S> multiply_add(Vec<S> a, Vec<S> b, Vec<S> c) {
-  using Native = typename Vec<S>::Native;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) {
-    return {(Native)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
-  } else {
-    return {(Native)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v)};
-  }
-#elif defined(__FMA__)
-  if constexpr (sizeof(S) == 4) {
-    return {(Native)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)};
-  } else {
-    return {(Native)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v)};
-  }
-#else
-  return {(Native)(a.v * b.v + c.v)};
-#endif
-}
-
-// squared_distances in kDims dimensions. Of two squares side by side a compiler may round either first: here
-// it is the first, as in a loop.
-template <int kDims, class S, int kVectors, int kCenters>
-REFINE_EXT_INLINE void few_squares(const S* rows, const S* centers, Vec<S> (&sum)[kVectors][kCenters]) {
-  using V = Vec<S>;
-#pragma GCC unroll 8
-  for (int j = 0; j < kCenters; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kDims; ++k) {
-        const V z = V::load(rows + (k * kVectors + v) * V::kWidth) - V::splat(centers[k * kCenters + j]);
-        sum[v][j] = k == 0 ? z * z : multiply_add(z, z, sum[v][j]);
-      }
-    }
-  }
-}
-
-// t_j - r for r = -opposite. With t_j rounded first it is 0 where t_j is r: of exponents beyond 2^24 the
-// rounding alone is not small.
-template <class S>
-REFINE_EXT_INLINE Vec<S> exponent(Vec<S> slope, Vec<S> log2_weight, Vec<S> distance, Vec<S> opposite) {
-  return (log2_weight - rounded_product(slope, distance)) + opposite;
-}
-template <class S>
-REFINE_EXT_INLINE Vec<S> exponent(const CenterTile<S>& tile, int j, Vec<S> distance, Vec<S> opposite) {
-  return exponent(Vec<S>::splat(tile.slope[j]), Vec<S>::splat(tile.log2_weight[j]), distance, opposite);
-}
 
 // A part again, where its sum was of no usable size: there with a larger reference, if that was the reason,
 // and without what infinite distances made NaN. Lanes that are not `bad` keep their bits. Returns the new -r.
@@ -249,7 +172,7 @@ REFINE_EXT_INLINE void add_mean(const MixturePiece<S>& piece, const S* values,
   constexpr int kCenters = MixtureTile<S>::kCenters;
   V all = parts[0].sum;
   for (int v = 1; v < kVectors; ++v) all = all + parts[v].sum;
-  if (!any_lane(all != V::splat(0))) return;
+  if (!any(all != V::splat(0))) return;
   for (int64_t k = 0; k < piece.in.d; ++k) {
     V sum[kVectors];
 #pragma GCC unroll 8
@@ -281,11 +204,7 @@ void add_piece(const MixturePiece<S>& piece) {
     const CenterTile<S> tile(piece.in, const_cast<S*>(piece.tiles) + q * size);
     const int64_t center = piece.first + q * kCenters;
     V distance[kVectors][kCenters];
-    if constexpr (kDims > 0) {
-      few_squares<kDims>(piece.rows, tile.values, distance);
-    } else {
-      squared_distances<0, kScaled>(piece.rows, tile.values, tile.inverse, piece.in.d, distance);
-    }
+    tile_distances<kDims, kScaled>(piece.rows, tile, piece.in.d, distance);
     if (center < lanes.exclude_end && center + kCenters > lanes.exclude_begin) [[unlikely]] {
       for (int r = 0; r < kVectors; ++r) {
         const V excluded = V::load(reinterpret_cast<const S*>(lanes.excluded + r * kWidth));
@@ -312,7 +231,7 @@ void add_piece(const MixturePiece<S>& piece) {
       }
       parts[v].sum = part;
       const VecMask<S> good = part < V::splat(S(kMostOfTile)), bad{~good.bits};
-      if (any_lane(bad)) [[unlikely]] {
+      if (any(bad)) [[unlikely]] {
         // Copies: what is used above stays in registers.
         TileWeights<S, kKeep> again = parts[v];
         V copy[kCenters];

@@ -198,10 +198,48 @@ inline void pack_centers(const MixtureInputs& in, int64_t first, S shared_slope,
   }
 }
 
-// ---- Squared distances
+// ---- Arithmetic
 
-// kDims: d where it is known, or 0. Rows as pack_rows leaves them.
-template <int kDims, bool kScaled, class S, int kVectors, int kCenters>
+// a * b, rounded: not part of a multiply-add.
+template <class S>
+REFINE_EXT_INLINE Vec<S> rounded_product(Vec<S> a, Vec<S> b) {
+  Vec<S> product = a * b;
+#if defined(__AVX512F__)
+  asm("" : "+v"(product.v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(product.v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product.v));
+#endif
+  return product;
+}
+
+// a * b + c in one rounding, where there is an instruction for it. Which of two roundings would otherwise be
+// the compiler's choice, in each place anew.
+template <class S>
+REFINE_EXT_INLINE Vec<S> multiply_add(Vec<S> a, Vec<S> b, Vec<S> c) {
+  using Native = typename Vec<S>::Native;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    return {(Native)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
+  } else {
+    return {(Native)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v)};
+  }
+#elif defined(__FMA__)
+  if constexpr (sizeof(S) == 4) {
+    return {(Native)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)};
+  } else {
+    return {(Native)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v)};
+  }
+#else
+  return {(Native)(a.v * b.v + c.v)};
+#endif
+}
+
+// ---- Squared distances, and exponents
+
+// Rows as pack_rows leaves them.
+template <bool kScaled, class S, int kVectors, int kCenters>
 REFINE_EXT_INLINE void squared_distances(const S* rows, const S* centers, const S* inverse, int64_t d,
                                          Vec<S> (&sum)[kVectors][kCenters]) {
   using V = Vec<S>;
@@ -221,9 +259,47 @@ REFINE_EXT_INLINE void squared_distances(const S* rows, const S* centers, const 
     }
   };
   step(0, [](V& all, V z) { all = z * z; });
-  const int64_t dims = kDims ? kDims : d;
+  for (int64_t k = 1; k < d; ++k) step(k, [](V& all, V z) { all = multiply_add(z, z, all); });
+}
+
+// The same in kDims dimensions. Of two squares side by side a compiler may round either first: here
+// it is the first, as in a loop.
+template <int kDims, class S, int kVectors, int kCenters>
+REFINE_EXT_INLINE void few_squares(const S* rows, const S* centers, Vec<S> (&sum)[kVectors][kCenters]) {
+  using V = Vec<S>;
+#pragma GCC unroll 8
+  for (int j = 0; j < kCenters; ++j) {
 #pragma GCC unroll 4
-  for (int64_t k = 1; k < dims; ++k) step(k, [](V& all, V z) { all = z * z + all; });
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kDims; ++k) {
+        const V z = V::load(rows + (k * kVectors + v) * V::kWidth) - V::splat(centers[k * kCenters + j]);
+        sum[v][j] = k == 0 ? z * z : multiply_add(z, z, sum[v][j]);
+      }
+    }
+  }
+}
+
+// kDims: d where it has a form of its own, or 0.
+template <int kDims, bool kScaled, class S, int kVectors, int kCenters>
+REFINE_EXT_INLINE void tile_distances(const S* rows, const CenterTile<S>& tile, int64_t d,
+                                      Vec<S> (&sum)[kVectors][kCenters]) {
+  if constexpr (kDims > 0) {
+    few_squares<kDims>(rows, tile.values, sum);
+  } else {
+    squared_distances<kScaled>(rows, tile.values, tile.inverse, d, sum);
+  }
+}
+
+// t_j - r for r = -opposite. With t_j rounded first it is 0 where t_j is r: of exponents beyond 2^24 the
+// rounding alone is not small.
+template <class S>
+REFINE_EXT_INLINE Vec<S> exponent(Vec<S> slope, Vec<S> log2_weight, Vec<S> distance, Vec<S> opposite) {
+  return (log2_weight - rounded_product(slope, distance)) + opposite;
+}
+template <class S>
+REFINE_EXT_INLINE Vec<S> exponent(const CenterTile<S>& tile, int j, Vec<S> distance, Vec<S> opposite) {
+  return exponent(Vec<S>::splat(tile.slope[j]), Vec<S>::splat(tile.log2_weight[j]), distance, opposite);
 }
 
 // ---- Powers of two. Coefficients: tools/fit_polynomials.py.

@@ -180,12 +180,19 @@ REFINE_EXT_INLINE double horizontal_max(Vec<S> a) {
   return static_cast<double>(best);
 }
 
+// Whether any lane is set.
 template <class S>
 REFINE_EXT_INLINE bool any(VecMask<S> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask.bits, (__m512i)mask.bits) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask.bits) != 0;
+#else
   typename Vec<S>::Bits b = mask.bits;
   typename Vec<S>::Integer all = 0;
   for (int lane = 0; lane < Vec<S>::kWidth; ++lane) all |= b[lane];
   return all != 0;
+#endif
 }
 
 // ---- elementary functions. Coefficients: tools/fit_polynomials.py.
