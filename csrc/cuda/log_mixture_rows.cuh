@@ -14,158 +14,13 @@
 // by a sixth at most.
 #pragma once
 
-#include "log_mixture_tile.cuh"
+#include "log_mixture_row_sums.cuh"
 
 namespace refine_ext::cuda {
 
 inline constexpr int kMixtureStage = 512;  // centres in shared memory where d is small
 template <class C>
 inline constexpr C kGrown = C(281474976710656.0);  // 2^48: 2^11 squares of it are finite in float32
-
-// A row's sums over a chunk and after some chunks. `mean` is sum_j 2^(t_j - reference) y_j.
-template <int kD>
-struct RowSums {
-  MixtureState state;
-  double mean[kD > 0 ? kD : 1];
-
-  __device__ __forceinline__ void add(const RowSums& next) {
-    const MixtureState all = merged(state, next.state);
-    if constexpr (kD > 0) {
-      const double before = power_of_difference(state.reference, all.reference);
-      const double after = power_of_difference(next.state.reference, all.reference);
-#pragma unroll
-      for (int k = 0; k < kD; ++k) mean[k] = mean[k] * before + next.mean[k] * after;
-    }
-    state = all;
-  }
-};
-
-struct MixtureTask {
-  LogMixtureProblem p;
-  int64_t row_tiles, chunk, chunks;  // chunk: in centres
-  void* parts;                       // RowSums [chunks][m], or nullptr: a block has all chunks
-  const int* only;                   // [m], the rows to be done, or nullptr: all
-};
-
-template <int kD>
-__device__ __forceinline__ void write_row(const LogMixtureProblem& p, int64_t row, const RowSums<kD>& sums) {
-  const MixtureState& state = sums.state;
-  const bool some = state.sum > 0.0;
-  p.value[row] = mixture_value(state);
-  if (p.stats) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    p.stats[2 * row] = some ? mixture_top_weight(state) : nan;
-    p.stats[2 * row + 1] = some ? mixture_effective(state) : nan;
-    p.top[row] = state.index;
-  }
-  if constexpr (kD > 0) {
-    if (!p.mean) return;
-#pragma unroll
-    for (int k = 0; k < kD; ++k) static_cast<float*>(p.mean)[row * kD + k] = float(sums.mean[k] / state.sum);
-  }
-}
-
-// What a thread knows of its rows after some of its columns of a chunk.
-template <class C, int kD, bool kMean, bool kStats>
-struct ThreadSums {
-  static constexpr int kOwn = PairTile<C>::kOwn, kValues = kMean ? kD : 1;
-  static constexpr bool kHasMean = kMean, kHasStats = kStats;
-  C reference[kOwn], sum[kOwn];
-  C mean[kMean ? kOwn : 1][kValues];
-  // Of the squares, and of the largest t - reference and its first column.
-  C squares[kStats ? kOwn : 1], largest[kStats ? kOwn : 1];
-  int index[kStats ? kOwn : 1];
-  unsigned coarse;
-
-  __device__ __forceinline__ void clear() {
-    coarse = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      reference[i] = kLowest<C>;
-      sum[i] = C(0);
-      if constexpr (kStats) {
-        squares[i] = C(0);
-        largest[i] = -kInfinity<C>;
-        index[i] = -1;
-      }
-#pragma unroll
-      for (int k = 0; kMean && k < kValues; ++k) mean[i][k] = C(0);
-    }
-  }
-
-  // Row i's other reference, and what is there already in its units.
-  __device__ __forceinline__ void refer_to(int i, C high) {
-    const C back = power_of_two(reference[i] - high);
-    sum[i] *= back;
-    if constexpr (kStats) {
-      squares[i] *= back * back;
-      largest[i] += reference[i] - high;
-    }
-#pragma unroll
-    for (int k = 0; kMean && k < kValues; ++k) mean[i][k] *= back;
-    reference[i] = high;
-  }
-
-  // The sums of a row that `threads` neighbours share, in all of them alike.
-  __device__ __forceinline__ void put_together(int threads = kMixtureAcross) {
-    const int lane = static_cast<int>(threadIdx.x);
-#pragma unroll 1
-    for (int distance = 1; distance < threads; distance *= 2) {
-      const bool second = lane & distance;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const auto other = [&](auto value) { return __shfl_xor_sync(kFullMask, value, distance); };
-        const C theirs = other(reference[i]);
-        refer_to(i, theirs > reference[i] ? theirs : reference[i]);
-        // The first thread's before the second's, so that both have the same bits.
-        const auto sum_of_both = [&](C& value) {
-          const C from = other(value);
-          value = second ? from + value : value + from;
-        };
-        sum_of_both(sum[i]);
-        if constexpr (kStats) {
-          sum_of_both(squares[i]);
-          const C most = other(largest[i]);
-          const int place = other(index[i]);
-          const bool takes = most > largest[i] || (most == largest[i] && place >= 0 && place < index[i]);
-          largest[i] = takes ? most : largest[i];
-          index[i] = takes ? place : index[i];
-        }
-#pragma unroll
-        for (int k = 0; kMean && k < kValues; ++k) sum_of_both(mean[i][k]);
-      }
-    }
-  }
-
-  // Of the row whose number is this thread's among its eight.
-  __device__ __forceinline__ RowSums<kMean ? kD : 0> own_row(int64_t first_center) const {
-    const int lane = static_cast<int>(threadIdx.x) % kMixtureAcross;
-    RowSums<kMean ? kD : 0> own{};
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (lane != i) continue;
-      const bool none = reference[i] == kLowest<C> && sum[i] == C(0);
-      own.state.reference = none ? -kInfinity<double> : static_cast<double>(reference[i]);
-      own.state.sum = static_cast<double>(sum[i]);
-      double unit = 1.0;
-      if constexpr (kStats) {
-        if (index[i] >= 0) {
-          // The largest weight is one, exactly, and so is its square.
-          unit = static_cast<double>(power_of_two(largest[i]));
-          own.state.reference += static_cast<double>(largest[i]);
-          own.state.sum /= unit;
-          const bool alone = static_cast<double>(sum[i]) == unit;
-          own.state.squares = alone ? 1.0 : static_cast<double>(squares[i]) / unit / unit;
-          own.state.largest = own.state.reference;
-          own.state.index = first_center + index[i];
-        }
-      }
-#pragma unroll
-      for (int k = 0; kMean && k < kValues; ++k) own.mean[k] = static_cast<double>(mean[i][k]) / unit;
-    }
-    return own;
-  }
-};
 
 // Adds a batch of pairs, a thread's rows and as many columns. q(i, c): a squared distance; y[k][c]: a centre,
 // for the mean; out(i, c): whether the pair does not count, asked of rows in `special` only; again(i): row
@@ -178,8 +33,8 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
   constexpr bool kMean = Sums::kHasMean, kStats = Sums::kHasStats;
   constexpr bool kPlain = !kMean && !kStats;
   const PairTile<C> mine;
-  const auto base = [&](int i, int c) {
-    return kWeighted ? weight[c] - sums.reference[i] : -sums.reference[i];
+  const auto exponent_of = [&](int i, int c) {
+    return exponent<kWeighted>(q(i, c), slope[c], weight[c], sums.reference[i]);
   };
 
   const auto note_largest = [&](int i, const C(&e)[kOwn]) {
@@ -216,7 +71,7 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
     sums.coarse |= coarse ? 1u << i : 0u;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
-      e[c] = coarse || !counts[c] ? e[c] - high : fused(q(i, c), slope[c], base(i, c));
+      e[c] = coarse || !counts[c] ? e[c] - high : exponent_of(i, c);
       w[c] = power_of_two(e[c]);
       sum += w[c];
     }
@@ -232,9 +87,9 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
     bool grown = careful != 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      added[i] = power_of_two(fused(q(i, 0), slope[0], base(i, 0)));
+      added[i] = power_of_two(exponent_of(i, 0));
 #pragma unroll
-      for (int c = 1; c < kOwn; ++c) added[i] += power_of_two(fused(q(i, c), slope[c], base(i, c)));
+      for (int c = 1; c < kOwn; ++c) added[i] += power_of_two(exponent_of(i, c));
       grown = grown || added[i] >= kGrown<C>;
     }
     if (!grown) {
@@ -256,7 +111,7 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
       C e[kOwn], w[kOwn], sum = C(0), most = -kInfinity<C>;
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
-        e[c] = fused(q(i, c), slope[c], base(i, c));
+        e[c] = exponent_of(i, c);
         w[c] = power_of_two(e[c]);
         sum += w[c];
         most = e[c] > most ? e[c] : most;
@@ -300,16 +155,15 @@ inline constexpr int kMixtureBlocks = kD == 1 || (kD == 2 && !kWeighted) ? 3 : 2
 //     weighted 224, C=float32 d=4 mean 224, C=float32 d=3 mean 184, C=float32 d=2 mean 152, C=float32 d=2
 //     weighted 240, C=float32 d=1 mean 128, C=float64 d=0 weighted stats 184, C=float32 d=0 weighted stats
 //     232, C=float32 d=4 weighted mean 232, C=float32 d=3 weighted mean 192, C=float32 d=2 weighted mean
-//     160, C=float64 d=0 dims weighted stats 192, C=float32 d=0 dims weighted stats 248, C=float32 d=4
-//     weighted mean stats 248, C=float32 d=3 weighted mean stats 224, C=float32 d=2 weighted mean stats
-//     200, C=float32 d=1 weighted mean stats 160), local 0 (C=float32 d=2 24, C=float32 d=2 mean 0,
-//     C=float32 d=2 weighted 0, C=float32 d=1 weighted 8, C=float32 d=1 weighted mean 0), shared 10752
-//     (C=float32 d=3 8704, C=float32 d=2 6656, C=float32 d=1 4608, C=float64 d=0 weighted 13840, C=float32
-//     d=0 weighted 13840, C=float32 d=4 weighted 12800, C=float32 d=3 weighted 10752, C=float32 d=2
-//     weighted 8704, C=float32 d=1 weighted 6656, C=float64 d=0 dims weighted 18176, C=float32 d=0 dims
-//     weighted 18176), occupancy 12% (C=float32 d=2 18%, C=float32 d=1 18%, C=float32 d=2 weighted 12%,
-//     C=float32 d=1 mean 25%, C=float32 d=2 weighted mean 18%, C=float32 d=2 weighted mean stats 12%,
-//     C=float32 d=1 weighted mean stats 18%)
+//     160, C=float32 d=0 dims weighted stats 248, C=float32 d=4 weighted mean stats 248, C=float32 d=3
+//     weighted mean stats 224, C=float32 d=2 weighted mean stats 200, C=float32 d=1 weighted mean stats
+//     160), local 0 (C=float32 d=2 24, C=float32 d=2 mean 0, C=float32 d=2 weighted 0, C=float32 d=1
+//     weighted 8, C=float32 d=1 weighted mean 0), shared 10752 (C=float32 d=3 8704, C=float32 d=2 6656,
+//     C=float32 d=1 4608, C=float64 d=0 weighted 13840, C=float32 d=0 weighted 13840, C=float32 d=4
+//     weighted 12800, C=float32 d=3 weighted 10752, C=float32 d=2 weighted 8704, C=float32 d=1 weighted
+//     6656, C=float64 d=0 dims weighted 18176, C=float32 d=0 dims weighted 18176), occupancy 12% (C=float32
+//     d=2 18%, C=float32 d=1 18%, C=float32 d=2 weighted 12%, C=float32 d=1 mean 25%, C=float32 d=2
+//     weighted mean 18%, C=float32 d=2 weighted mean stats 12%, C=float32 d=1 weighted mean stats 18%)
 template <class C, int kD, bool kDims, bool kWeighted, bool kMean, bool kStats>
 __global__ void __launch_bounds__(kMixtureThreads, kMixtureBlocks<kD, kWeighted>)
     mixture_kernel(const MixtureTask task) {
@@ -431,18 +285,6 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureBlocks<kD, kWeighted>
     }
   }
   if (!task.parts && writes) write_row(p, own, total);
-}
-
-// A thread a row: the chunks' sums in their order.
-// budget: registers 48 (d=2 40, d=0 40, d=1 40), occupancy 62% (d=2 75%, d=0 75%, d=1 75%)
-template <int kD>
-__global__ void __launch_bounds__(kMixtureThreads) mixture_merge_kernel(const MixtureTask task) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
-  if (row >= task.p.in.m || (task.only && !task.only[row])) return;
-  RowSums<kD> total{};
-  for (int64_t chunk = 0; chunk < task.chunks; ++chunk)
-    total.add(static_cast<const RowSums<kD>*>(task.parts)[chunk * task.p.in.m + row]);
-  write_row(task.p, row, total);
 }
 
 }  // namespace refine_ext::cuda

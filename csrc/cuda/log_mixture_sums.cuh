@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMixtureThreads)
       const int column = mine.column(c);
       const T slope = slopes[column], weight = weights[column];
       const T p = is_coarse(high) ? coarse_weight(q[i][c], slope, weight, high, low)
-                                  : power_of_two(fused(q[i][c], slope, weight - high) - low);
+                                  : power_of_two(exponent(q[i][c], slope, weight, high) - low);
       const int64_t j = first_center + column;
       const bool counts = local_center + column < block.centers && j != excluded && grad != T(0);
       to[column] = counts ? grad * p : T(0);

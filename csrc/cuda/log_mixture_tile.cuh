@@ -27,6 +27,22 @@ inline constexpr C kInfinity = std::numeric_limits<C>::infinity();
 __device__ __forceinline__ float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return ::fma(a, b, c); }
 
+// a b, whose rounding no addition that follows takes away: in another kernel it may come from memory.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+__device__ __forceinline__ double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // 2^x. In float32 one instruction, within 2^-22 of itself; zero below 2^-126.
 __device__ __forceinline__ float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
@@ -93,7 +109,17 @@ __device__ __forceinline__ C slope_of_scale(C scale) {
 }
 template <class C>
 __device__ __forceinline__ C log2_weight_of(const MixtureInputs& in, int64_t j) {
-  return in.log_weights ? C(kLog2E) * compute_element<C>(in.log_weights, in.storage, j) : C(0);
+  return in.log_weights ? rounded_product(C(kLog2E), compute_element<C>(in.log_weights, in.storage, j))
+                        : C(0);
+}
+
+// t - reference. Forward and backward take the same operations in the same order: what the rounding of q has
+// made of t is in a pair's weight and in its row's value alike, and cancels however large t is. The
+// log-weight comes last, so that its sum with the reference, as large as t, is never rounded.
+template <bool kWeighted = true, class C>
+__device__ __forceinline__ C exponent(C q, C slope, C weight, C reference) {
+  const C distant = fused(q, slope, -reference);
+  return kWeighted ? distant + weight : distant;
 }
 
 // How kMixtureThreads threads divide a tile of kRows x kColumns pairs: each has kOwn rows and kOwn columns,

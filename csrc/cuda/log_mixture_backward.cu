@@ -1,0 +1,135 @@
+// Gradients of the Gaussian log-mixture.
+#include "log_mixture.h"
+#include "log_mixture_gradient.cuh"
+#include "log_mixture_launch.cuh"
+
+namespace refine_ext::cuda {
+namespace {
+
+struct BackwardPlan {
+  LogMixtureBackwardProblem p;
+  double* direct = nullptr;  // [m], the values once more
+  void* direct_memory = nullptr;
+  bool centers;  // anything but x
+  GradientTask of_rows, of_centers;
+  WeightBlock block;
+  SumsOfDifferences row_sums, center_sums;
+  CenterGradients last;
+  void* exact_memory;
+  int64_t used;
+
+  BackwardPlan(const LogMixtureBackwardProblem& problem, void* memory)
+      : p(problem),
+        of_rows{},
+        of_centers{},
+        block{},
+        row_sums{},
+        center_sums{},
+        last{},
+        exact_memory(nullptr) {
+    const MixtureInputs& in = p.in;
+    const int64_t compute = in_float32(in) ? 4 : 8;
+    Arrays arrays{memory};
+    if (multiplies(in)) {
+      // A value made of products is up to kProductTolerance of itself off, which each weight would be off by:
+      // only the rounding of the differences that it is made of itself cancels.
+      p.value = direct = arrays.take<double>(in.m);
+      direct_memory = arrays.take_bytes(direct_values_workspace(in));
+    }
+    centers = p.grad_centers || p.grad_scale || p.grad_log_weights;
+    last.p = p;
+    exact_memory = arrays.take_bytes(exact_gradients_workspace(in));
+    if (centers && p.grad_scale && in.scale_kind == MixtureScale::shared)
+      last.scale_parts = arrays.take<double>(in.n);
+    if (is_small(in)) {
+      const auto plan = [&](int64_t owners, int64_t count, int64_t sums, bool always) {
+        GradientTask task{in, {p.value, p.grad}, p.grad_x, 0, 0, 1, nullptr};
+        task.tiles = ceil_div(owners, PairTile<float>::kRows);
+        task.chunk = chunk_of(count);
+        const int64_t chunks = ceil_div(count, task.chunk);
+        if (is_divided(task.tiles, chunks)) task.parts = chunks;
+        if (always || task.parts > 1) task.sums = arrays.take<double>(task.parts * owners * sums);
+        return task;
+      };
+      if (p.grad_x) of_rows = plan(in.m, in.n, in.d, false);
+      if (centers) of_centers = plan(in.n, in.m, in.d + 2, true);
+      last.own = of_centers.sums;
+    } else {
+      const int64_t rows = least(kBlockRows, in.m);
+      block.stride = whole(least(kBlockCenters, in.n), PairTile<float>::kColumns);
+      block.weights = arrays.take_bytes(rows * block.stride * compute);
+      if (p.grad_x) row_sums.sums = arrays.take_bytes(rows * in.d * compute);
+      if (centers) {
+        center_sums.sums = arrays.take_bytes(in.n * in.d * compute);
+        if (p.grad_scale) center_sums.squares = arrays.take_bytes(in.n * in.d * compute);
+        center_sums.totals = arrays.take_bytes(in.n * compute);
+      }
+      last.differences = center_sums.sums;
+      last.squares = center_sums.squares;
+      last.totals = center_sums.totals;
+    }
+    used = arrays.used;
+  }
+};
+
+template <int kD, bool kCenters>
+void launch_gradient(const GradientTask& task, void* stream) {
+  const char* op = "log_mixture_backward";
+  launch(op, mixture_gradient_kernel<kD, kCenters>, task.tiles * task.parts, kMixtureThreads, stream, task);
+  if (task.parts == 1) return;
+  launch(op, mixture_add_parts_kernel<kD, kCenters>,
+         ceil_div(kCenters ? task.in.n : task.in.m, kMixtureThreads), kMixtureThreads, stream, task);
+}
+
+}  // namespace
+
+int64_t log_mixture_backward_workspace(const LogMixtureBackwardProblem& p) {
+  return BackwardPlan(p, nullptr).used;
+}
+
+void log_mixture_backward(const LogMixtureBackwardProblem& problem, void* memory, void* stream) {
+  const char* op = "log_mixture_backward";
+  const BackwardPlan plan(problem, memory);
+  const LogMixtureBackwardProblem& p = plan.p;
+  const MixtureInputs& in = p.in;
+  if (!p.grad_x && !plan.centers) return;
+  if (plan.direct) launch_direct_values(in, plan.direct, plan.direct_memory, stream);
+  if (is_small(in)) {
+    with_dimension(in.d, [&](auto dimension) {
+      constexpr int kD = decltype(dimension)::value;
+      if (p.grad_x) launch_gradient<kD, false>(plan.of_rows, stream);
+      if (plan.centers) launch_gradient<kD, true>(plan.of_centers, stream);
+    });
+  } else {
+    for_blocks(in, plan.block, [&](const WeightBlock& block) {
+      launch_weights(op, in, {p.value, p.grad}, block, stream);
+      if (p.grad_x) {
+        SumsOfDifferences task = plan.row_sums;
+        task.block = block;
+        task.first = block.first_center == 0;
+        launch_sums(op, in, false, p.grad, task, stream);
+        if (block.first_center + block.centers == in.n)
+          launch_store(op, in, block, task.sums, {p.value, p.grad}, p.grad_x, in.storage, stream);
+      }
+      if (plan.centers) {
+        SumsOfDifferences task = plan.center_sums;
+        task.block = block;
+        task.first = block.first_row == 0;
+        launch_sums(op, in, true, p.grad, task, stream);
+      }
+    });
+  }
+  if (plan.centers) {
+    with_compute(in, [&](auto tag) {
+      launch(op, mixture_center_gradients_kernel<decltype(tag)>, ceil_div(in.n, kMixtureThreads / kWarp),
+             kMixtureThreads, stream, plan.last);
+    });
+  }
+  launch_exact_gradients(p, plan.last.scale_parts, plan.exact_memory, stream);
+  if (plan.centers && p.grad_scale && in.scale_kind == MixtureScale::shared) {
+    launch(op, mixture_shared_scale_kernel, 1, kMaxThreads, stream, p,
+           static_cast<const double*>(plan.last.scale_parts));
+  }
+}
+
+}  // namespace refine_ext::cuda
