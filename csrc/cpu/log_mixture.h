@@ -25,11 +25,12 @@ struct MixtureChunk {
   bool stats;            // squares, largest and index too
   MixtureState* states;  // [rows], results
   double* mean;          // [rows, d], sum_j 2^(t_j - reference) y_j, or nullptr
-  char* memory;          // of memory_bytes(in, plan, rows, mean), aligned to 64 bytes
+  char* memory;          // of memory_bytes(in, plan, rows, mean) or more, aligned to 64 bytes
 };
 
 struct LogMixtureKernels {
   MixturePlan (*plan)(const MixtureInputs&, bool mean);
+  // For blocks of as many rows or fewer.
   int64_t (*memory_bytes)(const MixtureInputs&, const MixturePlan&, int64_t rows, bool mean);
   void (*add)(const MixtureChunk&);
 };

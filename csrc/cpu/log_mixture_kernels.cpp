@@ -231,10 +231,15 @@ MixturePlan plan(const MixtureInputs& in, bool mean) {
   });
 }
 
+// Few rows take their centres in batches.
 int64_t memory_bytes(const MixtureInputs& in, const MixturePlan& plan, int64_t rows, bool mean) {
   return with_compute(plan.in_double, [&](auto tag) {
-    const Layout<decltype(tag)> layout(in, rows, mean);
-    return layout.piece_bytes(in) + layout.batch_bytes(in, rows) + layout.groups * layout.group_bytes();
+    using S = decltype(tag);
+    const auto bytes = [&](int64_t some) {
+      const Layout<S> layout(in, some, mean);
+      return layout.piece_bytes(in) + layout.batch_bytes(in, some) + layout.groups * layout.group_bytes();
+    };
+    return std::max(bytes(rows), bytes(std::min<int64_t>(rows, MixtureTile<S>::kWidth / 2)));
   });
 }
 
