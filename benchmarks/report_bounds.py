@@ -162,16 +162,6 @@ def _arms(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def epochs(document: dict[str, Any]) -> str:
-    """How long was trained, with what was trained for less."""
-    settings = document["settings"]
-    fewer = [
-        f"{number:,} at m = {name[1:]}" if name[1:].isdecimal() else f"{number:,} of the objectives"
-        for name, number in settings["fewer_epochs"].items()
-    ]
-    return f"{settings['epochs']:,} epochs ({', '.join(fewer)})" if fewer else f"{settings['epochs']:,} epochs"
-
-
 def table(document: dict[str, Any]) -> str:
     facts, settings = document["facts"], document["settings"]
     floor = document["floor"]
@@ -195,7 +185,7 @@ def table(document: dict[str, Any]) -> str:
             *_arms(document),
             "",
             f"Mean ± standard error over {settings['repeats']} repeats, {settings['seeds']} seeds of the objectives; "
-            f"{epochs(document)}, R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}. "
+            f"{settings['epochs']:,} epochs, R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}. "
             f"{versions(facts)}.",
         ]
     )
@@ -250,7 +240,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     factor, settings = weight(document), document["settings"]
     title = (
         f"Swiss roll: m = 200 over T, T = 1 over m, {settings['repeats']} repeats (bars: standard error; stars: "
-        f"smallest), R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}\n{epochs(document)}; "
+        f"smallest), R = {settings['sub_gaussian']:g}, N = {settings['steps']:,}\n{settings['epochs']:,} epochs; "
         f"{commit(document['facts'])}"
     )
     figure = roofline.sheet(14.5, 13, title)
