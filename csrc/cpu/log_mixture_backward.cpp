@@ -3,17 +3,16 @@
 #include "log_mixture_backward.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
 #include "log_mixture.h"
-#include "parallel.h"
+#include "log_mixture_blocks.h"
+#include "log_mixture_wide.h"
 #include "scratch.h"
 
 #define REFINE_EXT_ISA isa_baseline
@@ -47,35 +46,18 @@ T written(double value) {
   }
 }
 
-// Blocks of rows side by side. Where sums over rows are wanted, each stays behind the one before it.
-void run_blocks(const MixtureBackwardPlan& plan, const LogMixtureBackwardKernels& kernels) {
-  const MixtureInputs& in = plan.problem.in;
-  const int64_t row_blocks = (in.m + plan.rows - 1) / plan.rows;
-  const int64_t center_blocks = (in.n + plan.centers - 1) / plan.centers;
-  const int64_t pairs = in.m * in.n * (in.d + 8);
-  const int64_t threads = pairs < 4 * kGrain ? 1 : std::min(num_threads(), row_blocks);
-  const int64_t bytes = (kernels.scratch_bytes(plan) + 63) / 64 * 64;
-  const Scratch<char> scratch(threads * bytes);
-  std::vector<std::atomic<int64_t>> finished(row_blocks);  // blocks of centres
-  std::atomic<int64_t> next_slot = 0, next_rows = 0;
-  // Each takes the next block of rows, so that the one before is at work or done, however few threads come.
-  const auto work = [&] {
-    void* own = scratch.data() + bytes * next_slot++;
-    for (int64_t rows; (rows = next_rows++) < row_blocks;) {
-      kernels.begin(plan, rows, own);
-      for (int64_t centers = 0; centers < center_blocks; ++centers) {
-        while (plan.over_rows() && rows > 0 &&
-               finished[rows - 1].load(std::memory_order_acquire) <= centers) {
-          std::this_thread::yield();
-        }
-        kernels.block(plan, rows, centers, own);
-        finished[rows].store(centers + 1, std::memory_order_release);
-      }
-      kernels.finish(plan, rows, own);
-    }
-  };
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
-}
+// One block of rows and its scratch memory.
+struct TileBlocks {
+  const MixtureBackwardPlan& plan;
+  const LogMixtureBackwardKernels& kernels;
+  Scratch<char> memory;
+
+  TileBlocks(const MixtureBackwardPlan& p, const LogMixtureBackwardKernels& k)
+      : plan(p), kernels(k), memory((k.scratch_bytes(p) + 63) / 64 * 64) {}
+  void begin(int64_t rows) { kernels.begin(plan, rows, memory.data()); }
+  void block(int64_t rows, int64_t centers) { kernels.block(plan, rows, centers, memory.data()); }
+  void finish(int64_t rows) { kernels.finish(plan, rows, memory.data()); }
+};
 
 // What S sums to, in the place of T or elsewhere.
 template <class T, class S>
@@ -141,9 +123,15 @@ void run(const LogMixtureBackwardProblem& p) {
   };
   if (p.grad_centers) plan.slopes = sums(p.grad_centers, sizeof(T) == sizeof(S), slopes);
   if (p.grad_scale && per_dimension) plan.spreads = sums(p.grad_scale, sizeof(C) == sizeof(S), spreads);
-  const LogMixtureBackwardKernels& kernels = log_mixture_backward_kernels_table();
-  kernels.choose(plan);
-  if (in.m > 0 && (p.grad_x || plan.over_rows())) run_blocks(plan, kernels);
+  if (in.m > 0 && (p.grad_x || plan.over_rows())) {
+    if (std::is_same_v<S, float> && is_wide(in)) {
+      log_mixture_wide_sums(plan);
+    } else {
+      const LogMixtureBackwardKernels& kernels = log_mixture_backward_kernels_table();
+      kernels.choose(plan);
+      run_blocks(plan, [&] { return TileBlocks(plan, kernels); });
+    }
+  }
   finish_sums<T, S>(plan);
 }
 

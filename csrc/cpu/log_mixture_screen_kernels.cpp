@@ -260,8 +260,8 @@ int64_t scratch_floats(int64_t d) { return kProducts + kChunk + padded(d) * (kRo
 
 template <class Lanes>
 void choose_of(const WideCenters& centers, const ScreenCenters& screen, int64_t d, const float* const* x,
-               int64_t rows, const int64_t* exclude, int64_t first, int64_t n, int64_t most, int64_t room,
-               float* scratch, int32_t* chosen, int64_t* count) {
+               int64_t rows, const int64_t* exclude, const double* least, int64_t first, int64_t n,
+               int64_t most, int64_t room, float* scratch, int32_t* chosen, int64_t* count) {
   const int64_t stride = padded(d), steps = stride / Lanes::kCount,
                 whole = (n + kPanel - 1) / kPanel * kPanel;
   float *base = scratch + kProducts, *a = base + kChunk;
@@ -297,21 +297,22 @@ void choose_of(const WideCenters& centers, const ScreenCenters& screen, int64_t 
     if (exclude[r] >= 0) base[exclude[r]] = -std::numeric_limits<float>::infinity();
     float* bounds = scratch + r * kChunk;
     const float largest = bound(screen, first, base, whole, rounded[r], rounding_of(stride), bounds);
+    const float wanted = least ? static_cast<float>(least[r] / screen.unit) : largest - span;
     // Down by its rounding, and by what underflow may take from the bounds.
-    const float least = largest - span - 1e-6f * (std::fabs(largest) + span) - 1e-36f;
+    const float lowest = wanted - 1e-6f * (least ? std::fabs(wanted) : std::fabs(largest) + span) - 1e-36f;
     // Not where no bound is finite.
-    if (least > -std::numeric_limits<float>::max())
-      count[r] = choose_above(bounds, whole, least, most, chosen + r * room);
+    if (largest > -HUGE_VALF && lowest > -std::numeric_limits<float>::max())
+      count[r] = choose_above(bounds, whole, lowest, most, chosen + r * room);
     if (exclude[r] >= 0) base[exclude[r]] = screen.base[first + exclude[r]];
   }
 }
 
 void choose(const WideCenters& centers, const ScreenCenters& screen, int64_t d, const float* const* x,
-            int64_t rows, const int64_t* exclude, int64_t first, int64_t n, int64_t most, int64_t room,
-            float* scratch, int32_t* chosen, int64_t* count) {
+            int64_t rows, const int64_t* exclude, const double* least, int64_t first, int64_t n, int64_t most,
+            int64_t room, float* scratch, int32_t* chosen, int64_t* count) {
   with_lanes(d, [&](auto lanes) {
-    choose_of<decltype(lanes)>(centers, screen, d, x, rows, exclude, first, n, most, room, scratch, chosen,
-                               count);
+    choose_of<decltype(lanes)>(centers, screen, d, x, rows, exclude, least, first, n, most, room, scratch,
+                               chosen, count);
   });
 }
 

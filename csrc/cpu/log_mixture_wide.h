@@ -60,6 +60,37 @@ struct WideKernels {
                         double* sums);
 };
 
+// A row of the gradients' sums: its exponents are taken against log2_value, which is the value's.
+struct WideRow {
+  double log2_value;
+  double grad;   // 1 where no sums over rows are wanted
+  double least;  // exponents below it are left out
+};
+
+// Some rows and a chunk of n centres, and the sums that their gradients are made of.
+struct WideSums {
+  const WideCenters& centers;
+  int64_t first, n;
+  const float* x;  // [rows][stride], and with zeros on to a multiple of kGradientTile
+  int64_t rows;
+  const float* w;      // [rows][n] g_i p_ij, times the rate where each centre has its own
+  float* row_sums;     // [rows][stride], and on as x: sum_j w_ij (x_i - y_j), or null
+  float* center_sums;  // [n][stride] sum_i w_ij (x_i - y_j), or null
+  bool* touched;       // [n]: center_sums has the centre's sums; before, what it has is of no meaning
+  int32_t* index;      // working memory: [n + kGradientTile]
+  float* packed;       // [kGradientRows][n + kGradientTile]
+};
+inline constexpr int64_t kGradientRows = 16, kGradientTile = 4;
+
+struct WideGradientKernels {
+  // w[0, n) of a row, from distances as for `reduce`. weights[j] += g p_j and squares[j] += g p_j |x -
+  // y_j|^2, in float64, unless null. Whether there is any weight.
+  bool (*weights)(const WideCenters&, int64_t first, int64_t n, bool with_rate, const float* x,
+                  int64_t exclude, const float* distances, const int32_t* chosen, int64_t count,
+                  const WideRow& row, double* t, float* w, double* weights, double* squares);
+  void (*sums)(const WideSums&);
+};
+
 // Centres rounded for screening. Bounds are of t_j / unit, so that they stay finite whatever the scale is.
 struct ScreenCenters {
   const float* mean;  // [stride] c
@@ -77,17 +108,21 @@ struct ScreenKernels {
   // Rounds the centres of panels [begin, end). scratch: [2 stride].
   void (*round_centers)(const WideCenters&, int64_t d, const ScreenCenters&, int64_t begin, int64_t end,
                         float* scratch);
-  // chosen[r * room] and on, count[r] of them: the centres of the chunk of n from `first` on that may count;
-  // count[r] is -1 where they are more than `most`, or no bound holds. scratch: of scratch_floats(d).
+  // chosen[r * room] and on, count[r] of them: the centres of the chunk of n from `first` on whose exponent
+  // may be least[r], or within `span` of the row's largest there where least is null; count[r] is -1 where
+  // they are more than `most`, or no bound holds. scratch: of scratch_floats(d).
   void (*choose)(const WideCenters&, const ScreenCenters&, int64_t d, const float* const* x, int64_t rows,
-                 const int64_t* exclude, int64_t first, int64_t n, int64_t most, int64_t room, float* scratch,
-                 int32_t* chosen, int64_t* count);
+                 const int64_t* exclude, const double* least, int64_t first, int64_t n, int64_t most,
+                 int64_t room, float* scratch, int32_t* chosen, int64_t* count);
   int64_t (*scratch_floats)(int64_t d);
 };
 
-// Whether log_mixture_wide_cpu is the one for these inputs. Not a matter of m: a row's bits are the same
+// Whether these inputs are for the functions here. Not a matter of m: a row's bits are the same
 // whichever others come with it.
 bool is_wide(const MixtureInputs&);
 void log_mixture_wide_cpu(const LogMixtureProblem&);
+struct MixtureBackwardPlan;
+// The plan's sums over rows in float32, and the gradient of x.
+void log_mixture_wide_sums(const MixtureBackwardPlan&);
 
 }  // namespace refine_ext

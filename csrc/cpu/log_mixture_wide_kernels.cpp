@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "log_mixture_wide.h"
-#include "simd_storage.h"
+#include "log_mixture_wide_exponents.h"
 
 namespace refine_ext::REFINE_EXT_ISA {
 namespace {
@@ -143,38 +142,6 @@ void chosen_distances(const float* x, const float* y, const int32_t* chosen, int
   }
 }
 
-// Where float32 may have lost squares to underflow or the sum to overflow.
-constexpr float kLeastDistance = 1e-28f, kMostDistance = 1e37f;
-REFINE_EXT_INLINE bool is_outside(float distance) {
-  return distance < kLeastDistance || distance > kMostDistance;
-}
-
-bool any_outside(const float* distances, int64_t count) {
-  Bits some{};
-  int64_t c = 0;
-  for (; c + kWidth <= count; c += kWidth) {
-    const V each = V::load(distances + c);
-    some |= (each < V::splat(kLeastDistance)).bits | (each > V::splat(kMostDistance)).bits;
-  }
-  bool outside = any(VecMask<float>{some});
-  for (; c < count; ++c) outside |= is_outside(distances[c]);
-  return outside;
-}
-
-double exact_distance(const float* x, const float* y, int64_t stride) {
-  D sum = D::splat(0);
-  for (int64_t k = 0; k < stride; k += D::kWidth) {
-    D a, b;
-    for (int l = 0; l < D::kWidth; ++l) {
-      a.v[l] = x[k + l];
-      b.v[l] = y[k + l];
-    }
-    const D difference = a - b;
-    sum = sum + difference * difference;
-  }
-  return horizontal_sum(sum);
-}
-
 // The t of at least `least` come first, in order, and their centres in `index`; their number.
 int64_t keep(double* t, int64_t count, double least, const int32_t* chosen, int32_t* index) {
   int64_t kept = 0, c = 0;
@@ -201,43 +168,12 @@ int64_t keep(double* t, int64_t count, double least, const int32_t* chosen, int3
   return kept;
 }
 
-// Both in float32.
-REFINE_EXT_INLINE V narrowed(D low, D high) {
-#if defined(__AVX512F__)
-  // Halves put together in memory are read only after both have been written.
-  return {(V::Native)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)low.v)),
-                                        _mm512_cvtpd_ps((__m512d)high.v), 1)};
-#else
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  const Half halves[2] = {__builtin_convertvector(low.v, Half), __builtin_convertvector(high.v, Half)};
-  V both;
-  std::memcpy(&both, halves, sizeof both);
-  return both;
-#endif
-}
-
 MixtureState reduce(const WideCenters& centers, int64_t first, const float* x, int64_t exclude,
                     const float* distances, const int32_t* chosen, int64_t count, double* t,
                     KeptCenters& kept) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  const double *rate = centers.rate + first, *weight = centers.log2_weight + first;
-  const bool outside = any_outside(distances, count);
-  if (chosen) {
-    for (int64_t c = 0; c < count; ++c) t[c] = weight[chosen[c]] - rate[chosen[c]] * distances[c];
-  } else {
-    for (int64_t c = 0; c < count; ++c) t[c] = weight[c] - rate[c] * distances[c];
-  }
+  exponents(centers, first, x, exclude, distances, chosen, count, t);
   const auto at = [&](int64_t c) { return chosen ? chosen[c] : c; };
-  for (int64_t c = 0; outside && c < count; ++c) {
-    const int64_t j = at(c);
-    if (is_outside(distances[c]))
-      t[c] = weight[j] - rate[j] * exact_distance(x, centers.row(first + j), centers.stride);
-  }
-  if (exclude >= 0) {
-    int64_t c = chosen ? 0 : exclude;
-    while (c < count && at(c) != exclude) ++c;
-    if (c < count) t[c] = -kInfinity;
-  }
 
   constexpr int kParts = 4;
   D most[kParts];
@@ -280,9 +216,7 @@ MixtureState reduce(const WideCenters& centers, int64_t first, const float* x, i
   for (c = total; c % kWidth != 0; ++c) t[c] = -kInfinity;
   WideSum<float> sum, squares;
   for (c = 0; c < total; c += kWidth) {
-    const auto below = [&](int64_t at) { return (D::load(t + at) - D::splat(largest)) * D::splat(kLn2); };
-    const V difference = narrowed(below(c), below(c + D::kWidth));
-    const V power = select(difference < V::splat(-100), V::splat(0), vector_exp(difference));
+    const V power = powers(t + c, largest);
     power.store(kept.weight + c);
     sum.add(power);
     squares.add(power * power);

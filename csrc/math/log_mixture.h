@@ -42,7 +42,7 @@ REFINE_EXT_INLINE MixtureState merged(const MixtureState& a, const MixtureState&
 }
 
 REFINE_EXT_INLINE double mixture_value(const MixtureState& s) { return kLn2 * (s.reference + ::log2(s.sum)); }
-// max_j p_j and (sum_j p_j^2)^-1; NaN where no centre has a weight.
+// max_j p_j and (sum_j p_j^2)^-1; of a state without a centre neither is of use.
 REFINE_EXT_INLINE double mixture_top_weight(const MixtureState& s) {
   return power_of_difference(s.largest, s.reference) / s.sum;
 }
