@@ -87,8 +87,10 @@ REFINE_EXT_INLINE Vec<float> narrowed(Vec<double> low, Vec<double> high) {
 REFINE_EXT_INLINE Vec<float> powers(const double* t, double reference) {
   using V = Vec<float>;
   using D = Vec<double>;
-  const auto below = [&](int64_t at) { return (D::load(t + at) - D::splat(reference)) * D::splat(kLn2); };
-  const V difference = narrowed(below(0), below(D::kWidth));
+  const auto below = [&](const double* each) {
+    return (D::load(each) - D::splat(reference)) * D::splat(kLn2);
+  };
+  const V difference = narrowed(below(t), below(t + D::kWidth));
   return select(difference < V::splat(-100), V::splat(0), vector_exp(difference));
 }
 

@@ -103,13 +103,20 @@ REFINE_EXT_INLINE void tile(const float* const* x, const float* const* y, int64_
   sums_of_lanes<kRows * kCenters>(sum, sums);
 }
 
+constexpr int64_t kLine = 16;  // numbers of a cache line
 void distances(const float* const* x, int64_t rows, const float* y, int64_t n, int64_t stride, float* to,
                int64_t to_stride) {
   for (int64_t j = 0; j < n; j += kTileCenters) {
     const float* centers[kTileCenters];
     for (int c = 0; c < kTileCenters; ++c) centers[c] = y + std::min(j + c, n - 1) * stride;
     const int64_t some = std::min<int64_t>(kTileCenters, n - j);
+    // The next centres come from L3 meanwhile, a part with each tile.
+    const float* next = y + std::min(j + kTileCenters, n) * stride;
+    const float* end = y + std::min(j + 2 * kTileCenters, n) * stride;
+    const int64_t share = divide_up(kTileCenters * stride, divide_up(rows, kTileRows) * kLine) * kLine;
     for (int64_t i = 0; i < rows; i += kTileRows) {
+      for (const float* stop = next + std::min(share, end - next); next < stop; next += kLine)
+        __builtin_prefetch(next, 0, 2);
       const float* row[kTileRows];
       for (int r = 0; r < kTileRows; ++r) row[r] = x[std::min(i + r, rows - 1)];
       float sums[kTileSums<kTileRows, kTileCenters>];

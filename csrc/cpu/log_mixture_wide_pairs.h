@@ -10,8 +10,6 @@
 
 namespace refine_ext {
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 const WideKernels& wide_kernels_of_cpu();
 
 // Rows of float32, each padded with zeros to `stride`.

@@ -11,8 +11,6 @@ namespace refine_ext {
 
 inline constexpr double kSerial = 1 << 20;  // multiplications that cost less than waking threads
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What threads share: `parts` of the blocks of columns times `chunks` of the draws. Parts see a draw's
 // columns in any order; rows are never divided.
 struct Grid {

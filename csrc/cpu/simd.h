@@ -163,11 +163,18 @@ struct WideSum {
     if constexpr (sizeof(S) == 8) {
       low = low + x;
     } else {
+#if defined(__AVX512F__)
+      const __m512 all = (__m512)x.v;
+      const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+      low.v += (Vec<double>::Native)_mm512_cvtps_pd(_mm512_castps512_ps256(all));
+      high.v += (Vec<double>::Native)_mm512_cvtps_pd(upper);
+#else
       typedef float HalfNative __attribute__((vector_size(kVectorBytes / 2)));
       HalfNative parts[2];
       std::memcpy(parts, &x.v, sizeof parts);
       low.v += __builtin_convertvector(parts[0], Vec<double>::Native);
       high.v += __builtin_convertvector(parts[1], Vec<double>::Native);
+#endif
     }
   }
   REFINE_EXT_INLINE double total() const { return horizontal_sum(low + high); }

@@ -18,6 +18,9 @@
 
 namespace refine_ext {
 
+// a / b, rounded up.
+REFINE_EXT_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class V>
 struct Arithmetic {
   using Scalar = V;
