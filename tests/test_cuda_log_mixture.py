@@ -270,6 +270,16 @@ def test_far_weighted_gradients(where, d, kind):
 
 
 @everywhere
+@pytest.mark.parametrize("dtype", [f64, f32], ids=str)
+@pytest.mark.parametrize("d", [2, pytest.param(6, marks=sanitized), 66])
+def test_a_row_at_infinity_has_no_weight(where, d, dtype):
+    """Nor a part in any gradient but its own, which is zero."""
+    x, centers, scale, *_ = problem(40, 30, d, dtype, "shared", False, False)
+    x[3, 1], x[7, 1] = math.inf, -math.inf
+    check(where, (x, centers, scale, None, None))
+
+
+@everywhere
 def test_nothing(where):
     for d in (2, 6):
         x, centers, scale, *_ = problem(0, 7, d, f32, "shared", False, False)

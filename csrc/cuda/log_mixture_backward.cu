@@ -8,6 +8,8 @@ namespace {
 
 struct BackwardPlan {
   LogMixtureBackwardProblem p;
+  const double* given;  // p.grad as it came; p has that of the rows with a centre
+  double* grad;
   double* direct = nullptr;  // [m], the values once more
   void* direct_memory = nullptr;
   bool centers;  // anything but x
@@ -20,6 +22,7 @@ struct BackwardPlan {
 
   BackwardPlan(const LogMixtureBackwardProblem& problem, void* memory)
       : p(problem),
+        given(problem.grad),
         of_rows{},
         of_centers{},
         block{},
@@ -30,6 +33,7 @@ struct BackwardPlan {
     const MixtureInputs& in = p.in;
     const int64_t compute = in_float32(in) ? 4 : 8;
     Arrays arrays{memory};
+    p.grad = grad = arrays.take<double>(in.m);
     if (multiplies(in)) {
       // A value made of products is up to kProductTolerance of itself off, which each weight would be off by:
       // only the rounding of the differences that it is made of itself cancels.
@@ -94,6 +98,8 @@ void log_mixture_backward(const LogMixtureBackwardProblem& problem, void* memory
   const MixtureInputs& in = p.in;
   if (!p.grad_x && !plan.centers) return;
   if (plan.direct) launch_direct_values(in, plan.direct, plan.direct_memory, stream);
+  launch(op, mixture_row_gradients_kernel, ceil_div(in.m, kMixtureThreads), kMixtureThreads, stream, in.m,
+         p.value, plan.given, plan.grad);
   if (is_small(in)) {
     with_dimension(in.d, [&](auto dimension) {
       constexpr int kD = decltype(dimension)::value;

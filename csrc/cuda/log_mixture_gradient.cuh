@@ -18,6 +18,14 @@ struct GradientTask {
   double* sums;                 // [parts][owners][kD or kD + 2]
 };
 
+// A row whose centres are all infinitely far, or left out, has no gradient, whatever it is itself.
+// budget: registers 16, occupancy 100%
+__global__ void __launch_bounds__(kMixtureThreads)
+    mixture_row_gradients_kernel(int64_t rows, const double* value, const double* grad, double* to) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
+  if (i < rows) to[i] = value[i] == -kInfinity<double> ? 0.0 : grad[i];
+}
+
 // What is summed over the other side: w d_k for a row, with w = p slope; a d_k, a q and a for a centre.
 template <int kD, bool kCenters>
 inline constexpr int kGradientSums = kCenters ? kD + 2 : kD;
