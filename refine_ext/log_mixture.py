@@ -65,8 +65,9 @@ def log_mixture(
     is worked on in one pass; memory is that of x, centres and results. Differences are squared as they are: data far
     from the origin lose nothing, as they do in ``|x|^2 + |y|^2 - 2 x y``.
 
-    First derivatives of L by x, centers, scale and weights come from one more fused pass; those of the mean, and
-    second derivatives, from torch's operations on blocks of rows.
+    First derivatives of L by x, centers, scale and weights come from one more fused pass (from 256 dimensions on, on
+    the CPU, weights p_j below 2^-80 are zero there); those of the mean, and second derivatives, from torch's operations
+    on blocks of rows.
 
     Args:
         x: ``[..., *shape]``, any number of leading dimensions; float64, float32, float16 or bfloat16, uint8 as
