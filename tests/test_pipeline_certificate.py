@@ -195,6 +195,7 @@ def test_the_command(discriminators, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["certificate"] is None
     unknown = run("--certificate", "--norm-bound", "0.5")
     assert unknown.exit_code == 0 and "norm bound 0.5" in unknown.output
+    assert " confidence)" in unknown.output and "direct deviation bound" not in unknown.output
     assert "may have been trained on the rows that judge it" in unknown.output
 
     direct = run("--certificate", "--deviation", "direct", "--norm-bound", "0.5", "--report", tmp_path / "d.png")
@@ -204,7 +205,7 @@ def test_the_command(discriminators, tmp_path):
     assert made["options"]["deviation"] == facts["deviation"] == "direct" and facts["complexity_term"] == 0
     rate = (1 + math.sqrt(2 * math.log(20))) / math.sqrt(facts["n"])
     assert facts["deviation_term"] == facts["direct_term"] == pytest.approx(0.5 * rate, rel=1e-12)
-    assert "6 M" not in direct.output and f"{2 * facts['deviation_term']:.3g} less" in direct.output
+    assert " confidence)" not in direct.output and f"{2 * facts['deviation_term']:.3g} less" in direct.output
     assert run("--certificate", "--deviation", "other").exit_code == 2
 
     for wrong in (["--norm-bound", "0"], ["--norm-bound", "inf"], ["--norm-bound", "x"], ["--delta", "0"]):
