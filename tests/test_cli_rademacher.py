@@ -185,6 +185,8 @@ def test_an_interruption_leaves_no_half_file(tmp_path, number, code):
     with subprocess.Popen(
         [*map(str, command), "--draws", "10000000", "--json", str(tmp_path / "out.json")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A suite that runs detached has SIGINT ignored, which its children would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as job:  # fmt: skip
         maps = Path(f"/proc/{job.pid}/fd")
         deadline = time.monotonic() + 100

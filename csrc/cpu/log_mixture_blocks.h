@@ -17,8 +17,8 @@ template <class Make>
 void run_blocks(const MixtureBackwardPlan& plan, const Make& make) {
   constexpr int64_t kLeastWork = 1 << 17;  // in elements: waking a thread costs more than it saves
   const MixtureInputs& in = plan.problem.in;
-  const int64_t row_blocks = (in.m + plan.rows - 1) / plan.rows;
-  const int64_t center_blocks = (in.n + plan.centers - 1) / plan.centers;
+  const int64_t row_blocks = divide_up(in.m, plan.rows);
+  const int64_t center_blocks = divide_up(in.n, plan.centers);
   const int64_t threads = in.m * in.n * (in.d + 8) < kLeastWork ? 1 : num_threads();
   std::vector<std::atomic<int64_t>> finished(row_blocks);  // blocks of centres
   // Each takes the next block of rows, so that the one before is at work or done, however few threads come.

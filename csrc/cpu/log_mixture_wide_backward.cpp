@@ -101,15 +101,15 @@ class WideBlocks {
                        chosen, those, row[r], memory_.t.data(), w_.data() + r * n, weights, squares);
                  });
     if (!some) return;
-    const bool over_rows = plan_.problem.grad_x != nullptr;
+    const bool of_x = plan_.problem.grad_x != nullptr;
     const int64_t padded = divide_up(count, kGradientTile) * kGradientTile;
     for (int64_t r = 0; r < count; ++r) std::copy_n(pairs_.row(rows[r]), stride_, x_.data() + r * stride_);
     std::fill(x_.data() + count * stride_, x_.data() + padded * stride_, 0.0f);
-    if (over_rows) std::fill_n(row_sums_.data(), padded * stride_, 0.0f);
+    if (of_x) std::fill_n(row_sums_.data(), padded * stride_, 0.0f);
     wide_gradient_kernels_table().sums(
-        {pairs_.centers(), first, n, x_.data(), count, w_.data(), over_rows ? row_sums_.data() : nullptr,
+        {pairs_.centers(), first, n, x_.data(), count, w_.data(), of_x ? row_sums_.data() : nullptr,
          plan_.slopes ? center_sums_.data() : nullptr, touched_, index_.data(), packed_.data()});
-    for (int64_t r = 0; over_rows && r < count; ++r) {
+    for (int64_t r = 0; of_x && r < count; ++r) {
       const float* from = row_sums_.data() + r * stride_;
       double* to = total_.data() + (rows[r] - begin) * stride_;
       for (int64_t k = 0; k < in_.d; ++k) to[k] += from[k];
@@ -131,7 +131,7 @@ class WideBlocks {
     const double inverse = shared ? 1.0 / *static_cast<const float*>(in_.scale) : 1.0;
     for (int64_t r = 0; r < rows; ++r) {
       const double grad = plan_.over_rows() ? 1.0 : plan_.problem.grad[begin + r];
-      // The sums have each centre's log2(e) / (2 s^2) already.
+      // 1 / s^2, of which a centre's own is in the sums already, as log2(e) / (2 s^2).
       const double factor = -grad * (shared ? inverse * inverse : 2 * kLn2);
       const double* from = total_.data() + r * stride_;
       T* to = out + (begin + r) * in_.d;

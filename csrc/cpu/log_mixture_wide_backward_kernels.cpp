@@ -91,7 +91,7 @@ void add_tile(const float* x, float* x_sums, const float* const* y, float* const
 // Rows [begin, begin + rows) and the centres in index[0, count), in steps of `dimensions`.
 template <bool kX, bool kY>
 void add_rows(const WideSums& task, int64_t begin, int64_t rows, int64_t count, int64_t dimensions) {
-  const int64_t stride = task.centers.stride, row_tiles = (rows + kTile - 1) / kTile;
+  const int64_t stride = task.centers.stride, row_tiles = divide_up(rows, kTile);
   // A centre that fills the last tile has no weight there.
   while (count % kTile != 0) task.index[count++] = -1;
   float* to = task.packed;
@@ -162,7 +162,7 @@ void add_all(const WideSums& task) {
     int64_t apart = 0;
     for (int64_t r = begin; r < end; r += kTile)
       apart += union_of(task, r, std::min<int64_t>(kTile, end - r));
-    const int64_t together = union_of(task, begin, end - begin) * ((end - begin + kTile - 1) / kTile);
+    const int64_t together = union_of(task, begin, end - begin) * divide_up(end - begin, kTile);
     if (together <= apart + apart / 4) {
       // A piece of all rows in L1 while the centres pass.
       add(begin, end - begin, kPieceDimensions);

@@ -28,16 +28,14 @@ __device__ __forceinline__ float fused(float a, float b, float c) { return ::fma
 __device__ __forceinline__ double fused(double a, double b, double c) { return ::fma(a, b, c); }
 
 // a b, whose rounding no addition that follows takes away: in another kernel it may come from memory.
-__device__ __forceinline__ float rounded_product(float a, float b) {
+template <class C>
+__device__ __forceinline__ C rounded_product(C a, C b) {
 #if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-__device__ __forceinline__ double rounded_product(double a, double b) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(a, b);
+  if constexpr (sizeof(C) == 4) {
+    return __fmul_rn(a, b);
+  } else {
+    return __dmul_rn(a, b);
+  }
 #else
   return a * b;
 #endif
