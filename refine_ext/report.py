@@ -178,17 +178,17 @@ def draw_measure(
     before: Sequence[float],
     after: Sequence[float],
     ideal: float | None = None,
+    errors: Sequence[float | None] = (None, None),
 ) -> None:
-    """One measure before and after: a thin line per run, and the means with their standard
-    errors."""
+    """One measure before and after: a thin line per run, and the means with their standard errors, which are
+    `errors` where there is one run."""
     title, direction = TITLES[name]
     pairs = np.array([before, after], dtype=np.float64)
+    axes.plot([0, 1], pairs, color="0.78", linewidth=1, zorder=1)
     if pairs.shape[1] > 1:
-        axes.plot([0, 1], pairs, color="0.78", linewidth=1, zorder=1)
         error = pairs.std(axis=1, ddof=1) / math.sqrt(pairs.shape[1])
     else:
-        axes.plot([0, 1], pairs, color="0.78", linewidth=1, zorder=1)
-        error = np.zeros(2)
+        error = np.array([e if e is not None and math.isfinite(e) else 0.0 for e in errors])
     means = pairs.mean(axis=1)
     for x, colour in ((0, BEFORE), (1, AFTER)):
         axes.errorbar(x, means[x], error[x], fmt="o", markersize=9, capsize=5, color=colour, zorder=3)
@@ -260,7 +260,8 @@ def draw_refined(refined: Refined, title: str) -> Figure:
     upper, lower = parts[:2]
     if refined.samples is not None:
         _draw_samples(upper, upper.add_gridspec(1, 5, wspace=0.06), refined.samples, refined.verdict)
-    names = measured(refined.before, refined.after) if refined.before and refined.after else []
+    judged = [sample for sample in (refined.before, refined.after) if sample is not None]
+    names = measured(*judged) if len(judged) == 2 else []
     grid = lower.add_gridspec(1, 2 + len(names), width_ratios=[1.9, 1.5, *[1.0] * len(names)])
     draw_log_ratios(
         lower.add_subplot(grid[0, 0]),
@@ -268,8 +269,9 @@ def draw_refined(refined: Refined, title: str) -> Figure:
     )
     draw_weights(lower.add_subplot(grid[0, 1]), refined.weights, refined.ess)
     for column, name in enumerate(names):
-        values = [getattr(sample, name) for sample in (refined.before, refined.after)]
-        draw_measure(lower.add_subplot(grid[0, 2 + column]), name, values[:1], values[1:])
+        values = [getattr(sample, name) for sample in judged]
+        errors = [sample.auc_stderr if name == "auc" else None for sample in judged]
+        draw_measure(lower.add_subplot(grid[0, 2 + column]), name, values[:1], values[1:], errors=errors)
     if refined.certificate is not None:
         from .certificate_figure import draw_job
 
