@@ -32,8 +32,9 @@ TITLES: Mapping[str, tuple[str, str]] = {
 class TwoSample:
     """How far generated samples are from real ones.
 
-    `auc` is None where scikit-learn is missing, or where there are fewer than 5 different samples; `auc_stderr` is
-    its standard error over samples like these, in which copies of one sample count as one.
+    `auc` is None where scikit-learn is missing, or where there are fewer than 5 different samples. Standard errors
+    count copies of one sample as one; that of the precision is over generated samples like these, with the real
+    ones as they are, that of the recall the other way round.
     """
 
     auc: float | None
@@ -46,6 +47,8 @@ class TwoSample:
     n_real: int
     n_generated: int
     auc_stderr: float | None = None
+    precision_stderr: float | None = None
+    recall_stderr: float | None = None
 
     def to_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
@@ -248,18 +251,31 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, *, neighbours: int =
             f"precision_recall: needs more samples than neighbours, got {len(x)} real, "
             f"{len(y)} generated, neighbours {neighbours}"
         )
-    return _manifolds(distances(np.concatenate([x, y])), len(x), neighbours)
+    inside, covered = _manifolds(distances(np.concatenate([x, y])), len(x), neighbours)
+    return float(inside.mean()), float(covered.mean())
 
 
-def _manifolds(pooled: Array, n_real: int, neighbours: int) -> tuple[float, float]:
+def _manifolds(pooled: Array, n_real: int, neighbours: int) -> tuple[Array, Array]:
+    # 1 or 0: which generated samples lie in the real ones' manifold, and which real ones in the generated ones'
     # column 0 of a sorted row is the sample itself, so the k-th neighbour stands at k
     real, generated = pooled[:n_real, :n_real], pooled[n_real:, n_real:]
     real_radius = np.partition(real, neighbours, axis=1)[:, neighbours]
     generated_radius = np.partition(generated, neighbours, axis=1)[:, neighbours]
     cross = pooled[:n_real, n_real:]
-    precision = (cross <= real_radius[:, None]).any(axis=0).mean()
-    recall = (cross <= generated_radius[None, :]).any(axis=1).mean()
-    return float(precision), float(recall)
+    inside: Array = np.any(cross <= real_radius[:, None], axis=0).astype(np.float64)
+    covered: Array = np.any(cross <= generated_radius[None, :], axis=1).astype(np.float64)
+    return inside, covered
+
+
+def _variance_of_mean(values: Array, groups: NDArray[np.int64] | None = None) -> float:
+    """Of values [n] of which those of one group come together; infinite of one group."""
+    sums = values - values.mean()
+    if groups is not None:
+        own, place = np.unique(groups, return_inverse=True)
+        sums = np.zeros(len(own))
+        np.add.at(sums, place, values - values.mean())
+    n = len(sums)
+    return float((sums**2).sum()) / len(values) ** 2 * n / (n - 1) if n > 1 else math.inf
 
 
 def classifier_auc(
@@ -334,16 +350,8 @@ def classifier_auc(
 
 def _auc_and_variance(real: Array, generated: Array, groups: NDArray[np.int64]) -> tuple[float, float]:
     wins = np.sign(real[:, None] - generated[None, :]) / 2 + 0.5
-    auc = float(wins.mean())
-    own, place = np.unique(groups, return_inverse=True)
-    sums = np.zeros(len(own))
-    np.add.at(sums, place, wins.mean(axis=0) - auc)
-
-    def variance(sums: Array, samples: int) -> float:
-        n = len(sums)
-        return float((sums**2).sum()) / samples**2 * n / (n - 1) if n > 1 else math.inf
-
-    return auc, variance(wins.mean(axis=1) - auc, len(real)) + variance(sums, len(generated))
+    variance = _variance_of_mean(wins.mean(axis=1)) + _variance_of_mean(wins.mean(axis=0), groups)
+    return float(wins.mean()), variance
 
 
 def two_sample(
@@ -370,9 +378,23 @@ def two_sample(
     # ruler
     kernel = _minus_gaussian(pooled, _median_distance(pooled[:n, :n]))
     mmd2, mmd_p = permutation_test(kernel, n, permutations=permutations, seed=seed)
-    precision, recall = _manifolds(pooled, n, min(neighbours, n - 1, len(y) - 1))
+    inside, covered = _manifolds(pooled, n, min(neighbours, n - 1, len(y) - 1))
     auc = auc_stderr = None
-    distinct = len(y) if groups is None else len(np.unique(np.asarray(groups)))
+    copies = None if groups is None else np.asarray(groups)
+    distinct = len(y) if copies is None else len(np.unique(copies))
     if importlib.util.find_spec("sklearn") is not None and min(n, distinct) >= 5:
         auc, auc_stderr = classifier_auc(x, y, groups=groups, seed=seed)
-    return TwoSample(auc, energy, energy_p, mmd2, mmd_p, precision, recall, n, len(y), auc_stderr)
+    return TwoSample(
+        auc,
+        energy,
+        energy_p,
+        mmd2,
+        mmd_p,
+        float(inside.mean()),
+        float(covered.mean()),
+        n,
+        len(y),
+        auc_stderr,
+        math.sqrt(_variance_of_mean(inside, copies)),
+        math.sqrt(_variance_of_mean(covered)),
+    )

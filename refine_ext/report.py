@@ -270,7 +270,7 @@ def draw_refined(refined: Refined, title: str) -> Figure:
     draw_weights(lower.add_subplot(grid[0, 1]), refined.weights, refined.ess)
     for column, name in enumerate(names):
         values = [getattr(sample, name) for sample in judged]
-        errors = [sample.auc_stderr if name == "auc" else None for sample in judged]
+        errors = [getattr(sample, f"{name}_stderr", None) for sample in judged]
         draw_measure(lower.add_subplot(grid[0, 2 + column]), name, values[:1], values[1:], errors=errors)
     if refined.certificate is not None:
         from .certificate_figure import draw_job

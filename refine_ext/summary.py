@@ -80,8 +80,9 @@ def _measure_lines(refined: Refined) -> list[str]:
         if name in _P_VALUES:
             p = [getattr(sample, _P_VALUES[name]) for sample in (before, after)]
             extra = f"; permutation p {p[0]:.3f} -> {p[1]:.3f}"
-        if name == "auc":
-            extra = f"; standard error {before.auc_stderr:.3f} -> {after.auc_stderr:.3f}"
+        errors = [getattr(sample, f"{name}_stderr", None) for sample in (before, after)]
+        if None not in errors:
+            extra = f"; standard error {errors[0]:.3f} -> {errors[1]:.3f}"
         row = "".join(f"{value:>11.4g}" for value in values)
         lines.append(f"{'':<13}{title:<18}{row}   {direction}{extra}")
     if importlib.util.find_spec("sklearn") is None:

@@ -182,6 +182,19 @@ def test_two_sample_collects_the_single_measures():
     assert two_sample(x, y, permutations=99) == result
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_errors_of_precision_and_recall_are_binomial_in_different_samples(copies):
+    x, rows = normal(0, 90, 3), np.repeat(np.arange(50), copies)
+    result = two_sample(x, normal(1, 50, 3, 1.5)[rows], groups=rows, permutations=9)
+    for share, error, count in (
+        (result.precision, result.precision_stderr, 50),
+        (result.recall, result.recall_stderr, 90),
+    ):
+        assert 0.05 < share < 0.95
+        # Sums of at most 150 squares of at most 1 in float64.
+        assert error == pytest.approx(math.sqrt(share * (1 - share) / (count - 1)), rel=1e-12)
+
+
 @pytest.mark.parametrize("function", [energy_distance, gaussian_mmd2, precision_recall, two_sample])
 def test_bad_samples_are_named(function):
     good = normal(0, 20, 3)
