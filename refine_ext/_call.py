@@ -1,10 +1,10 @@
-"""Calls of registered ops: past the Python autograd layer where nothing needs it, and errors in the caller's name."""
+"""Calls of registered ops in the name of the function that the user called."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
+from ._autograd import recorded, unrecorded
 
 _ERROR = "refine_ext: "
 
@@ -16,11 +16,9 @@ def called(function: str, op: Any, tracked: bool, *arguments: Any, **out: Any) -
         ValueError: what the op refuses, by the function that the user called.
     """
     try:
-        if tracked or torch.compiler.is_compiling():
+        if out and tracked:
             return op(*arguments, **out)
-        # The Python autograd layer costs several times the kernel at small sizes.
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments, **out)
+        return recorded(op, *arguments) if tracked else unrecorded(op, *arguments, **out)
     except RuntimeError as error:
         message = str(error)
         at = message.find(_ERROR)

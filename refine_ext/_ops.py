@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from . import _C, _library  # noqa: F401  (the ops are registered by then)
+from ._autograd import differentiable, gradients, register_gradient
 
 ops = torch.ops.refine_ext
+_RATIO, _RATIO_BACKWARD = ops.density_ratio.default, ops.density_ratio_backward.default
+_BOUND_BACKWARD, _SLOPE = ops.variational_bound_backward.default, ops.dual_slope.default
 STATS = 8  # columns of a stats row, csrc/cpu/density_ratio.h RatioStats
 SHIFT, LOG_SUM, LOG_SQUARE, LOG_LARGEST, LOG_WEIGHT = range(5)
 
@@ -73,11 +76,7 @@ def _(grad, logit, conjugate, divergence, alpha):
 
 def _differentiate(formula: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor | None]:
     """Vector-Jacobian products of `formula` at `inputs`, themselves differentiable."""
-    with torch.enable_grad():
-        # Aliases: one input may itself depend on another, and only the formula's own dependence is wanted.
-        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        grads = torch.autograd.grad(formula(*inputs), inputs, upstream, create_graph=True, allow_unused=True)
-    return list(grads)
+    return gradients(lambda *leaves: (formula(*leaves) * upstream).sum(), inputs)
 
 
 def _score_factor(log_ratio: Tensor, divergence: int, alpha: float) -> Tensor:
@@ -102,15 +101,9 @@ def _density_ratio_backward(ctx: Any, grad: Tensor | None, grad_stats: Tensor | 
         raise RuntimeError("density_ratio: only the log-ratio is differentiable, take its exp()")
     grad = torch.zeros_like(log_ratio) if grad is None else grad
     grad_stats = torch.zeros_like(stats) if grad_stats is None else grad_stats
-    grad_h = ops.density_ratio_backward(
-        grad, grad_stats, log_ratio, stats, base_weights, ctx.solved, ctx.divergence, ctx.alpha
-    )
+    family = ctx.divergence, ctx.alpha
+    grad_h = differentiable(_RATIO_BACKWARD, grad, grad_stats, log_ratio, stats, base_weights, ctx.solved, *family)
     return grad_h, None, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "refine_ext::density_ratio", _density_ratio_backward, setup_context=_density_ratio_setup
-)
 
 
 def _density_ratio_backward_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -135,13 +128,6 @@ def _density_ratio_double_backward(ctx: Any, upstream: Tensor):
     return (*grads, None, None, None, None)
 
 
-torch.library.register_autograd(
-    "refine_ext::density_ratio_backward",
-    _density_ratio_double_backward,
-    setup_context=_density_ratio_backward_setup,
-)
-
-
 def _variational_bound_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     h_real, h_fake, ctx.tight, ctx.divergence, ctx.alpha = inputs
     ctx.real_shape, ctx.real_dtype = h_real.shape, h_real.dtype
@@ -151,16 +137,12 @@ def _variational_bound_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _variational_bound_backward(ctx: Any, grad: Tensor, _):
     h_fake, stats = ctx.saved_tensors
-    grad_real = (grad / ctx.real_shape[-1]).to(ctx.real_dtype).unsqueeze(-1).expand(ctx.real_shape)
-    grad_fake = ops.variational_bound_backward(grad, h_fake, stats, ctx.tight, ctx.divergence, ctx.alpha)
+    grad_real = (grad / ctx.real_shape[-1]).to(ctx.real_dtype)
+    if grad.dim() > 0:
+        grad_real = grad_real.unsqueeze(-1)
+    grad_real = grad_real.expand(ctx.real_shape)
+    grad_fake = differentiable(_BOUND_BACKWARD, grad, h_fake, stats, ctx.tight, ctx.divergence, ctx.alpha)
     return grad_real, grad_fake, None, None, None
-
-
-torch.library.register_autograd(
-    "refine_ext::variational_bound",
-    _variational_bound_backward,
-    setup_context=_variational_bound_setup,
-)
 
 
 def _variational_bound_backward_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -171,18 +153,11 @@ def _variational_bound_backward_setup(ctx: Any, inputs: tuple, output: Tensor) -
 def _variational_bound_double_backward(ctx: Any, upstream: Tensor):
     def formula(grad: Tensor, h_fake: Tensor) -> Tensor:
         shift = None if ctx.tight else h_fake.new_zeros((), dtype=torch.float64)
-        log_ratio, _ = ops.density_ratio(h_fake, None, shift, ctx.divergence, ctx.alpha, False, False)
+        log_ratio, _ = differentiable(_RATIO, h_fake, None, shift, ctx.divergence, ctx.alpha, False, False)
         return log_ratio.exp() * (grad / -h_fake.shape[-1]).to(h_fake.dtype).unsqueeze(-1)
 
     grads = _differentiate(formula, list(ctx.saved_tensors), upstream)
     return (*grads, None, None, None, None)
-
-
-torch.library.register_autograd(
-    "refine_ext::variational_bound_backward",
-    _variational_bound_double_backward,
-    setup_context=_variational_bound_backward_setup,
-)
 
 
 def _dual_bound_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -193,12 +168,9 @@ def _dual_bound_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _dual_bound_backward(ctx: Any, grad: Tensor):
     real, fake = ctx.saved_tensors
     family = ctx.divergence, ctx.alpha
-    grad_real = ops.dual_slope(grad / real.shape[-1], real, False, *family)
-    grad_fake = ops.dual_slope(grad / -fake.shape[-1], fake, True, *family)
+    grad_real = differentiable(_SLOPE, grad / real.shape[-1], real, False, *family)
+    grad_fake = differentiable(_SLOPE, grad / -fake.shape[-1], fake, True, *family)
     return grad_real, grad_fake, None, None
-
-
-torch.library.register_autograd("refine_ext::dual_bound", _dual_bound_backward, setup_context=_dual_bound_setup)
 
 
 def _dual_output_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -208,10 +180,7 @@ def _dual_output_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _dual_output_backward(ctx: Any, grad: Tensor):
     (logit,) = ctx.saved_tensors
-    return ops.dual_slope(grad, logit, False, ctx.divergence, ctx.alpha), None, None
-
-
-torch.library.register_autograd("refine_ext::dual_output", _dual_output_backward, setup_context=_dual_output_setup)
+    return differentiable(_SLOPE, grad, logit, False, ctx.divergence, ctx.alpha), None, None
 
 
 def _dual_slope_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -236,8 +205,6 @@ def _dual_slope_backward(ctx: Any, upstream: Tensor):
     return (*grads, None, None, None)
 
 
-torch.library.register_autograd("refine_ext::dual_slope", _dual_slope_backward, setup_context=_dual_slope_setup)
-
 # ---- autocast: ratios and losses are computed in float32 whatever the network ran in
 
 for _name in ("density_ratio", "variational_bound", "dual_bound", "dual_output"):
@@ -255,11 +222,10 @@ def _front(x: Any, dim: int | None, size: int) -> Any:
     return x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
 
 
-def _batch(name: str) -> None:
+def _batch(name: str) -> Callable[..., Any]:
     op = getattr(ops, name).default
 
-    @torch.library.register_vmap(f"refine_ext::{name}")
-    def _(info, in_dims, *inputs):
+    def rule(call: Callable[..., Any], info: Any, in_dims: tuple, *inputs: Any) -> Any:
         args = [_front(x, d, info.batch_size) for x, d in zip(inputs, in_dims, strict=True)]
         if name == "density_ratio":
             h, base_weights, shift = args[:3]
@@ -269,17 +235,19 @@ def _batch(name: str) -> None:
                 args[1] = base_weights.unsqueeze(1).expand(h.shape)
             if shift is not None:
                 args[2] = shift.reshape(info.batch_size, -1).expand(-1, h[0].numel() // h.shape[-1])
-        output = op(*args)
+        output = call(op, *args)
         return output, (0 if isinstance(output, Tensor) else (0,) * len(output))
 
+    return rule
 
-for _name in (
-    "density_ratio",
-    "density_ratio_backward",
-    "variational_bound",
-    "variational_bound_backward",
-    "dual_bound",
-    "dual_output",
-    "dual_slope",
+
+for _name, _backward, _setup in (
+    ("density_ratio", _density_ratio_backward, _density_ratio_setup),
+    ("density_ratio_backward", _density_ratio_double_backward, _density_ratio_backward_setup),
+    ("variational_bound", _variational_bound_backward, _variational_bound_setup),
+    ("variational_bound_backward", _variational_bound_double_backward, _variational_bound_backward_setup),
+    ("dual_bound", _dual_bound_backward, _dual_bound_setup),
+    ("dual_output", _dual_output_backward, _dual_output_setup),
+    ("dual_slope", _dual_slope_backward, _dual_slope_setup),
 ):
-    _batch(_name)
+    register_gradient(_name, _backward, _setup, _batch(_name))

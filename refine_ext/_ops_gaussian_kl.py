@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  (the ops are registered by then)
+from ._autograd import differentiable, register_gradient
 from ._ops import _differentiate, _front, _value_dtype
 
 ops = torch.ops.refine_ext
@@ -43,7 +44,7 @@ def _(grad, z, mean, log_variance, wanted):
 # ---- Gradients. First order by kernels; the gradient of a gradient by the same formula in torch operations.
 
 
-def _register(name: str, count: int, slopes: Any) -> None:
+def _register(name: str, count: int, slopes: Any, batch: Any, backward_batch: Any) -> None:
     """`slopes(*inputs)` are the derivatives of a row's result by each of `count` inputs, None for inputs that are."""
     backward = getattr(ops, f"{name}_backward").default
 
@@ -51,7 +52,7 @@ def _register(name: str, count: int, slopes: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     def first(ctx: Any, grad: Tensor):
-        grads = backward(grad, *ctx.saved_tensors, _bits(ctx.needs_input_grad))
+        grads = differentiable(backward, grad, *ctx.saved_tensors, _bits(ctx.needs_input_grad))
         return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
 
     def backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -80,8 +81,8 @@ def _register(name: str, count: int, slopes: Any) -> None:
             result[i] = g
         return grads[0], *result, None
 
-    torch.library.register_autograd(f"refine_ext::{name}", first, setup_context=setup)
-    torch.library.register_autograd(f"refine_ext::{name}_backward", second, setup_context=backward_setup)
+    register_gradient(name, first, setup, batch)
+    register_gradient(f"{name}_backward", second, backward_setup, backward_batch)
 
 
 def _kl_slopes(mean: Tensor, log_variance: Tensor, prior_mean: Tensor | None, prior_log_variance: Tensor | None):
@@ -96,9 +97,6 @@ def _weight_slopes(z: Tensor, mean: Tensor, log_variance: Tensor):
     inward = (z - mean) * (-log_variance).exp()
     return inward - z, -inward, 0.5 * (1 - (z - mean) * inward)
 
-
-_register("gaussian_kl", 4, _kl_slopes)
-_register("importance_log_weights", 3, _weight_slopes)
 
 # ---- autocast: a small divergence would drown in half precision, whatever the network ran in
 
@@ -119,30 +117,30 @@ def _apart(x: Tensor, size: int, axis: int = 0) -> Tensor:
     return x.unflatten(axis, (size, x.shape[axis] // size)).movedim(axis, 0)
 
 
-@torch.library.register_vmap("refine_ext::gaussian_kl")
-def _(info, in_dims, *inputs):
+def _kl_batch(call, info, in_dims, *inputs):
     rows = [_rows(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
-    return _apart(ops.gaussian_kl(*rows), info.batch_size), 0
+    return _apart(call(ops.gaussian_kl.default, *rows), info.batch_size), 0
 
 
-@torch.library.register_vmap("refine_ext::gaussian_kl_backward")
-def _(info, in_dims, *arguments):
+def _kl_backward_batch(call, info, in_dims, *arguments):
     *inputs, wanted = arguments
     rows = [_rows(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims[:-1], strict=True)]
-    return tuple(_apart(g, info.batch_size) for g in ops.gaussian_kl_backward(*rows, wanted)), (0,) * 4
+    return tuple(_apart(g, info.batch_size) for g in call(ops.gaussian_kl_backward.default, *rows, wanted)), (0,) * 4
 
 
-@torch.library.register_vmap("refine_ext::importance_log_weights")
-def _(info, in_dims, z, mean, log_variance):
+def _weights_batch(call, info, in_dims, z, mean, log_variance):
     size = info.batch_size
     joined = _rows(z, in_dims[0], size, 1), _rows(mean, in_dims[1], size), _rows(log_variance, in_dims[2], size)
-    return _apart(ops.importance_log_weights(*joined), size, 1), 0
+    return _apart(call(ops.importance_log_weights.default, *joined), size, 1), 0
 
 
-@torch.library.register_vmap("refine_ext::importance_log_weights_backward")
-def _(info, in_dims, grad, z, mean, log_variance, wanted):
+def _weights_backward_batch(call, info, in_dims, grad, z, mean, log_variance, wanted):
     size = info.batch_size
     joined = [_rows(grad, in_dims[0], size, 1), _rows(z, in_dims[1], size, 1)]
     joined += [_rows(mean, in_dims[2], size), _rows(log_variance, in_dims[3], size)]
-    of_z, of_mean, of_log_variance = ops.importance_log_weights_backward(*joined, wanted)
+    of_z, of_mean, of_log_variance = call(ops.importance_log_weights_backward.default, *joined, wanted)
     return (_apart(of_z, size, 1), _apart(of_mean, size), _apart(of_log_variance, size)), (0,) * 3
+
+
+_register("gaussian_kl", 4, _kl_slopes, _kl_batch, _kl_backward_batch)
+_register("importance_log_weights", 3, _weight_slopes, _weights_batch, _weights_backward_batch)

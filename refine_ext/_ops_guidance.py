@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _C, _library  # noqa: F401  (the ops are registered by then)
+from ._autograd import differentiable, register_gradient
 
 ops = torch.ops.refine_ext
+_FACTOR = ops.guidance_factor.default
 PARAMETRIZATIONS = ("score", "noise", "denoised", "velocity")  # csrc/math/guidance_problem.h Parametrization
 _SCORE = 0
 # The constants of guidance_factor are shift, weight, sigma (NaN: none), alpha, sigma_min, sigma_max.
@@ -130,24 +132,21 @@ def _factor_backward(ctx: Any, grad: Tensor):
     family = (ctx.divergence, ctx.alpha_divergence, ctx.logit, ctx.flow)
     needs_h, _, needs_weight, *_ = ctx.needs_input_grad
     plain = [ctx.constants[_SHIFT], 1.0, math.nan, 1.0, 0.0, math.inf]
-    c = ops.guidance_factor(h, shift, None, None, None, plain, *family, _SCORE)
+    c = differentiable(_FACTOR, h, shift, None, None, None, plain, *family, _SCORE)
     grad_h = grad_weight = None
     # A logit's c is 1: what is left is the scale.
     as_logit = (ctx.divergence, ctx.alpha_divergence, True, False, ctx.parametrization)
     any_h = torch.zeros_like(h)
     if needs_h:
-        scale = ops.guidance_factor(any_h, None, weight, sigma, alpha, ctx.constants, *as_logit)
+        scale = differentiable(_FACTOR, any_h, None, weight, sigma, alpha, ctx.constants, *as_logit)
         grad_h = torch.where(scale == 0, 0.0, grad * scale * _slope(c, ctx)).to(h.dtype)
     if needs_weight:
         unweighted = [*ctx.constants]
         unweighted[_WEIGHT] = 1.0
-        scale = ops.guidance_factor(any_h, None, None, sigma, alpha, unweighted, *as_logit)
+        scale = differentiable(_FACTOR, any_h, None, None, sigma, alpha, unweighted, *as_logit)
         grad_weight = torch.where(scale == 0, 0.0, grad * scale * c)
         grad_weight = (grad_weight.sum() if weight.numel() == 1 else grad_weight).reshape(weight.shape).to(weight.dtype)
     return grad_h, None, grad_weight, None, None, None, None, None, None, None, None
-
-
-torch.library.register_autograd("refine_ext::guidance_factor", _factor_backward, setup_context=_factor_setup)
 
 
 # ---- vmap
@@ -204,8 +203,7 @@ def _(info, in_dims, x, terms, coefficients, scalars, factor, seeds, seed, step,
     return flat.view(x.shape), 0
 
 
-@torch.library.register_vmap("refine_ext::guidance_factor")
-def _(info, in_dims, h, shift, weight, sigma, alpha, *options):
+def _factor_batch(call, info, in_dims, h, shift, weight, sigma, alpha, *options):
     size = info.batch_size
     h = _front(h, in_dims[0], size)
 
@@ -215,4 +213,7 @@ def _(info, in_dims, h, shift, weight, sigma, alpha, *options):
         return _front(value, dim, size).reshape(size, -1).expand(size, h[0].numel()).reshape(-1)
 
     values = [each(v, d) for v, d in zip((shift, weight, sigma, alpha), in_dims[1:5], strict=True)]
-    return ops.guidance_factor(h.reshape(-1), *values, *options).view(h.shape), 0
+    return call(_FACTOR, h.reshape(-1), *values, *options).view(h.shape), 0
+
+
+register_gradient("guidance_factor", _factor_backward, _factor_setup, _factor_batch)

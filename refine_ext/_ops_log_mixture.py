@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  (the ops are registered by then)
+from ._autograd import differentiable, gradients, register_gradient
 
 ops = torch.ops.refine_ext
+_FORWARD, _BACKWARD = ops.log_mixture.default, ops.log_mixture_backward.default
 _X, _CENTERS, _SCALE, _LOG_WEIGHTS = (1, 2, 4, 8)  # csrc/ops/log_mixture.h Wanted
 # Of rows x centres x dimensions, of which second derivatives hold a few at once; or of one row.
 _BLOCK_ELEMENTS = 1 << 22
@@ -66,15 +68,12 @@ def _backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, *_: Any):
         grads = [(grad.to(slope.dtype).unsqueeze(1) * slope).to(x.dtype), None, None, None]
     else:
         wanted = sum(bit for bit, need in zip((_X, _CENTERS, _SCALE, _LOG_WEIGHTS), needs, strict=True) if need)
-        parts = ops.log_mixture_backward(grad, value, x, centers, scale, log_weights, exclude, wanted)
+        parts = differentiable(_BACKWARD, grad, value, x, centers, scale, log_weights, exclude, wanted)
         grads = [part if need else None for part, need in zip(parts, needs, strict=True)]
     if grad_mean is not None:
         more = _vector_jacobian(_mean, [x, centers, scale, log_weights], exclude, [grad_mean])
         grads = [_sum(a, b) if need else None for a, b, need in zip(grads, more[:4], needs, strict=True)]
     return (*grads, None, None, None)
-
-
-torch.library.register_autograd("refine_ext::log_mixture", _backward, setup_context=_setup)
 
 
 def _backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -92,18 +91,21 @@ def _double_backward(ctx: Any, *upstream: Tensor | None):
 
     def formula(x: Tensor, centers: Tensor, scale: Tensor, log_weights: Tensor | None, exclude: Any, grad: Tensor):
         """Products of the upstream and the gradients, for rows whose part of `upstream` comes along."""
-        inputs = (x, centers, scale, log_weights)
-        chosen = [t for t, u in zip(inputs, upstream, strict=True) if u is not None and t is not None]
-        value = (_value(x, centers, scale, log_weights, exclude) * grad).sum()
-        return torch.autograd.grad(value, chosen, create_graph=True)
+        inputs: list[Any] = [x, centers, scale, log_weights]
+        chosen = [i for i, u in enumerate(upstream) if u is not None and inputs[i] is not None]
+
+        def value(*leaves: Tensor) -> Tensor:
+            for i, leaf in zip(chosen, leaves, strict=True):
+                inputs[i] = leaf
+            x, centers, scale, log_weights = inputs
+            return (_value(x, centers, scale, log_weights, exclude) * grad).sum()
+
+        return gradients(value, [inputs[i] for i in chosen])
 
     grads = _vector_jacobian(formula, [x, centers, scale, log_weights, grad], exclude, list(upstream), second=True)
     *first, of_grad = grads
     # value, which the op is given, is a function of the others: what flows through it is counted with them.
     return of_grad, None, *first, None, None
-
-
-torch.library.register_autograd("refine_ext::log_mixture_backward", _double_backward, setup_context=_backward_setup)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -144,27 +146,28 @@ def _vector_jacobian(formula, inputs, exclude, upstream, second=False):
     create = torch.is_grad_enabled()
     total: list[Any] = [None] * len(inputs)
     per_row: dict[int, list[Tensor]] = {0: [], 4: []}
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         for first in range(0, max(1, len(x)), rows):
             part = slice(first, first + rows)
             block = [None if each is None else each[part] if i in per_row else each for i, each in enumerate(inputs)]
-            # Aliases: one input may itself depend on another, and only the formula's own dependence is wanted.
-            leaves: list[Any] = [
-                None if t is None else t.view_as(t) if t.requires_grad and create else t.detach().requires_grad_()
-                for t in block
-            ]
-            work = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in leaves]
-            result = formula(*work[:4], None if exclude is None else exclude[part], *work[4:])
+            present = {i: t for i, t in enumerate(block) if t is not None}
             given = [u for u in upstream if u is not None]
-            results = list(result) if second else [result]
             head = not second or upstream[0] is not None
             given = [u[part] if head and i == 0 else u for i, u in enumerate(given)]
-            value = sum((r * u.to(r.dtype)).sum() for r, u in zip(results, given, strict=True))
-            wanted = [i for i, t in enumerate(leaves) if t is not None]
-            grads = torch.autograd.grad(value, [leaves[i] for i in wanted], create_graph=create, allow_unused=True)
-            for i, g in zip(wanted, grads, strict=True):
+            others = None if exclude is None else exclude[part]
+
+            def value(*leaves: Tensor, present=present, given=given, others=others) -> Tensor:
+                work: list[Any] = [None] * len(inputs)
+                for i, t in zip(present, leaves, strict=True):
+                    work[i] = t.to(torch.promote_types(t.dtype, torch.float32))
+                result = formula(*work[:4], others, *work[4:])
+                results = list(result) if second else [result]
+                return torch.stack([(r * u.to(r.dtype)).sum() for r, u in zip(results, given, strict=True)]).sum()
+
+            grads = gradients(value, list(present.values()), create)
+            for i, g in zip(present, grads, strict=True):
                 if i in per_row:
-                    per_row[i].append(torch.zeros_like(leaves[i]) if g is None else g)
+                    per_row[i].append(torch.zeros_like(present[i]) if g is None else g)
                 else:
                     total[i] = _sum(total[i], g)
     for i, parts in per_row.items():
@@ -187,31 +190,33 @@ def _example(x: Any, dim: int | None, i: int) -> Any:
     return x if dim is None else x.select(dim, i)
 
 
-@torch.library.register_vmap("refine_ext::log_mixture")
-def _(info, in_dims, x, centers, scale, log_weights, exclude, mean, stats):
+def _batch(call, info, in_dims, x, centers, scale, log_weights, exclude, mean, stats):
     size = info.batch_size
     if all(dim is None for dim in in_dims[1:4]):
         rows = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x.expand(size, *x.shape)
         if exclude is not None:
             front = exclude.movedim(in_dims[4], 0) if in_dims[4] is not None else exclude.expand(size, -1)
             exclude = front.reshape(-1)
-        results = ops.log_mixture(rows.flatten(0, 1), centers, scale, log_weights, exclude, mean, stats)
+        results = call(_FORWARD, rows.flatten(0, 1), centers, scale, log_weights, exclude, mean, stats)
         return tuple(r.reshape(size, -1, *r.shape[1:]) if len(r) else r.new_empty((size, *r.shape)) for r in results), (
             0,
         ) * 4
     inputs = (x, centers, scale, log_weights, exclude)
     parts = [
-        ops.log_mixture(*(_example(t, dim, i) for t, dim in zip(inputs, in_dims[:5], strict=True)), mean, stats)
+        call(_FORWARD, *(_example(t, dim, i) for t, dim in zip(inputs, in_dims[:5], strict=True)), mean, stats)
         for i in range(size)
     ]
     return tuple(torch.stack(each) for each in zip(*parts, strict=True)), (0,) * 4
 
 
-@torch.library.register_vmap("refine_ext::log_mixture_backward")
-def _(info, in_dims, *inputs):
+def _backward_batch(call, info, in_dims, *inputs):
     tensors, wanted = inputs[:7], inputs[7]
     parts = [
-        ops.log_mixture_backward(*(_example(t, d, i) for t, d in zip(tensors, in_dims[:7], strict=True)), wanted)
+        call(_BACKWARD, *(_example(t, d, i) for t, d in zip(tensors, in_dims[:7], strict=True)), wanted)
         for i in range(info.batch_size)
     ]
     return tuple(torch.stack(each) for each in zip(*parts, strict=True)), (0,) * 4
+
+
+register_gradient("log_mixture", _backward, _setup, _batch)
+register_gradient("log_mixture_backward", _double_backward, _backward_setup, _backward_batch)

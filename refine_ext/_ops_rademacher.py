@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  (the ops are registered by then)
+from ._autograd import differentiable, register_gradient
 
 ops = torch.ops.refine_ext
 SUPREMA = ("largest", "magnitude", "norm")  # csrc/math/rademacher_problem.h Supremum
@@ -60,7 +61,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any):
     else:
         # A magnitude falls where a negative sum grows; a largest sum is itself, negative or not.
         signed = _column(index) if ctx.supremum == _LARGEST else index
-        result = ops.rademacher_backward(grad, signed, outputs, ctx.first_draw, ctx.seed)
+        result = differentiable(ops.rademacher_backward.default, grad, signed, outputs, ctx.first_draw, ctx.seed)
     return result, None, None, None, None, None
 
 
@@ -76,9 +77,6 @@ def _norm_backward(grad: Tensor, outputs: Tensor, suprema: Tensor, first_draw: i
             signs = ops.multipliers(like, n, len(scale), 0, first_draw + first, seed, False)
             result = result + signs.T @ ((signs @ like) * scale[:, None])
     return result.to(outputs.dtype)
-
-
-torch.library.register_autograd("refine_ext::rademacher_suprema", _backward, setup_context=_setup)
 
 
 def _gather_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -99,22 +97,23 @@ def _gather_backward(ctx: Any, grad: Tensor):
     return torch.cat(parts), None, None, None, None
 
 
-torch.library.register_autograd("refine_ext::rademacher_backward", _gather_backward, setup_context=_gather_setup)
-
-
 # ---- vmap: every example has the same signs, as a loop with one seed gives.
 
 
-@torch.library.register_vmap("refine_ext::rademacher_suprema")
-def _(info, in_dims, outputs, *options):
-    parts = [ops.rademacher_suprema(example, *options) for example in outputs.movedim(in_dims[0], 0)]
+def _batch(call, info, in_dims, outputs, *options):
+    parts = [call(ops.rademacher_suprema.default, example, *options) for example in outputs.movedim(in_dims[0], 0)]
     return tuple(torch.stack(each) for each in zip(*parts, strict=True)), (0, 0, 0)
 
 
-@torch.library.register_vmap("refine_ext::rademacher_backward")
-def _(info, in_dims, grad, index, outputs, first_draw, seed):
+def _gather_batch(call, info, in_dims, grad, index, outputs, first_draw, seed):
     front = [
         x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
         for x, dim in zip((grad, index, outputs), in_dims[:3], strict=True)
     ]
-    return torch.stack([ops.rademacher_backward(*each, first_draw, seed) for each in zip(*front, strict=True)]), 0
+    return torch.stack(
+        [call(ops.rademacher_backward.default, *each, first_draw, seed) for each in zip(*front, strict=True)]
+    ), 0
+
+
+register_gradient("rademacher_suprema", _backward, _setup, _batch)
+register_gradient("rademacher_backward", _gather_backward, _gather_setup, _gather_batch)

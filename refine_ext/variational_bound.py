@@ -22,7 +22,9 @@ def _pair(function: str, names: tuple[str, str], real: Tensor, fake: Tensor) -> 
         # Autocast and mixed models hand over two precisions; the bound is taken in the higher.
         dtype = torch.promote_types(real.dtype, fake.dtype)
         real, fake = real.to(dtype), fake.to(dtype)
-    return real.reshape(-1), fake.reshape(-1)
+    # Where there is nothing to do, autograd has one node less to visit.
+    flat = [x if x.dim() == 1 else x.reshape(-1) for x in (real, fake)]
+    return flat[0], flat[1]
 
 
 def variational_bound(
@@ -95,6 +97,8 @@ def logistic_loss(logit_real: Tensor, logit_fake: Tensor) -> Tensor:
     >>> round(float(rx.logistic_loss(torch.zeros(3), torch.zeros(5))), 4)
     1.3863
     """
-    code, alpha = parse_divergence("logistic_loss", "gan")
-    real, fake = _pair("logistic_loss", ("logit_real", "logit_fake"), logit_real, logit_fake)
-    return -ops.dual_bound.default(real, fake, code, alpha)
+    name = "logistic_loss"
+    code, alpha = parse_divergence(name, "gan")
+    real, fake = _pair(name, ("logit_real", "logit_fake"), logit_real, logit_fake)
+    tracked = torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad)
+    return -called(name, ops.dual_bound.default, tracked, real, fake, code, alpha)
