@@ -90,12 +90,21 @@ def differentiable(op: Any, *inputs: Any) -> Any:
 
 
 def gradients(
-    scalar: Callable[..., Tensor], inputs: Sequence[Tensor], create_graph: bool = True
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor | None = None,
+    *,
+    create_graph: bool = True,
 ) -> list[Tensor | None]:
-    """Of ``scalar(*inputs)``, made of torch's operations, by every input; differentiable again if `create_graph`."""
+    """Vector-Jacobian products of ``function(*inputs)``, made of torch's operations; of a number, without `upstream`.
+
+    Differentiable again if `create_graph`.
+    """
     if is_transformed():
-        return list(torch.func.grad(scalar, argnums=tuple(range(len(inputs))))(*inputs))
+        value, pullback, *_ = torch.func.vjp(function, *inputs)
+        return list(pullback(torch.ones_like(value) if upstream is None else upstream))
     with torch.enable_grad():
-        # Aliases: one input may itself depend on another, and only the scalar's own dependence is wanted.
+        # Aliases: one input may itself depend on another, and only the function's own dependence is wanted.
         leaves = [x.view_as(x) if x.requires_grad and create_graph else x.detach().requires_grad_() for x in inputs]
-        return list(torch.autograd.grad(scalar(*leaves), leaves, create_graph=create_graph, allow_unused=True))
+        value = function(*leaves)
+        return list(torch.autograd.grad(value, leaves, upstream, create_graph=create_graph, allow_unused=True))

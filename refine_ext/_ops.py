@@ -74,11 +74,6 @@ def _(grad, logit, conjugate, divergence, alpha):
 # torch differentiates.
 
 
-def _differentiate(formula: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor | None]:
-    """Vector-Jacobian products of `formula` at `inputs`, themselves differentiable."""
-    return gradients(lambda *leaves: (formula(*leaves) * upstream).sum(), inputs)
-
-
 def _score_factor(log_ratio: Tensor, divergence: int, alpha: float) -> Tensor:
     family = _C.family(divergence, alpha)
     if family["form"] == "logistic":
@@ -124,7 +119,7 @@ def _density_ratio_double_backward(ctx: Any, upstream: Tensor):
             through = grad_stats[..., LOG_SUM] * (-stats[..., LOG_SUM]).exp()
         return factor * (grad + mass * through.unsqueeze(-1).to(mass.dtype))
 
-    grads = _differentiate(formula, inputs, upstream)
+    grads = gradients(formula, inputs, upstream)
     return (*grads, None, None, None, None)
 
 
@@ -156,7 +151,7 @@ def _variational_bound_double_backward(ctx: Any, upstream: Tensor):
         log_ratio, _ = differentiable(_RATIO, h_fake, None, shift, ctx.divergence, ctx.alpha, False, False)
         return log_ratio.exp() * (grad / -h_fake.shape[-1]).to(h_fake.dtype).unsqueeze(-1)
 
-    grads = _differentiate(formula, list(ctx.saved_tensors), upstream)
+    grads = gradients(formula, list(ctx.saved_tensors), upstream)
     return (*grads, None, None, None, None)
 
 
@@ -201,7 +196,7 @@ def _dual_slope_backward(ctx: Any, upstream: Tensor):
             slope = (exponent * x).exp() / family["scale"]
         return slope * (grad if grad.dim() == x.dim() else grad.unsqueeze(-1).to(x.dtype))
 
-    grads = _differentiate(formula, list(ctx.saved_tensors), upstream)
+    grads = gradients(formula, list(ctx.saved_tensors), upstream)
     return (*grads, None, None, None)
 
 

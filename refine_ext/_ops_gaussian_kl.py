@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  (the ops are registered by then)
-from ._autograd import differentiable, register_gradient
-from ._ops import _differentiate, _front, _value_dtype
+from ._autograd import differentiable, gradients, register_gradient
+from ._ops import _front, _value_dtype
 
 ops = torch.ops.refine_ext
 
@@ -75,7 +75,7 @@ def _register(name: str, count: int, slopes: Any, batch: Any, backward_batch: An
             parts = [grad * (u.to(grad.dtype) * derivatives[i]).sum(-1) for i, u in chosen.items()]
             return torch.stack(parts).sum()
 
-        grads = _differentiate(formula, [grad, *(inputs[i] for i in given)], grad.new_ones(()))
+        grads = gradients(formula, [grad, *(inputs[i] for i in given)])
         result: list[Tensor | None] = [None] * count
         for i, g in zip(given, grads[1:], strict=True):
             result[i] = g

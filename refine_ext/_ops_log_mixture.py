@@ -164,7 +164,7 @@ def _vector_jacobian(formula, inputs, exclude, upstream, second=False):
                 results = list(result) if second else [result]
                 return torch.stack([(r * u.to(r.dtype)).sum() for r, u in zip(results, given, strict=True)]).sum()
 
-            grads = gradients(value, list(present.values()), create)
+            grads = gradients(value, list(present.values()), create_graph=create)
             for i, g in zip(present, grads, strict=True):
                 if i in per_row:
                     per_row[i].append(torch.zeros_like(present[i]) if g is None else g)
