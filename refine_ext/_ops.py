@@ -128,7 +128,6 @@ def _variational_bound_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.real_shape, ctx.real_dtype = h_real.shape, h_real.dtype
     ctx.save_for_backward(h_fake, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _variational_bound_backward(ctx: Any, grad: Tensor, _):
