@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -92,23 +93,41 @@ def backward_case(n: int, family: str) -> Case:
     )
 
 
-def step_case(n: int, family: str) -> Case:
+def logistic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+# Objectives that torch writes in one line, which torch.compile makes one kernel of.
+WRITTEN = {"kl": partial(tight_bound, family="kl"), "logistic_loss": logistic_loss}
+
+
+@cache
+def compiled(name: str) -> Callable[..., Tensor]:
+    return torch.compile(WRITTEN[name])
+
+
+def step_case(n: int, name: str, quick: bool) -> Case:
     def inputs(random: torch.Generator) -> dict[str, Tensor]:
         return {name: x.requires_grad_() for name, x in _pair(n, random).items()}
 
-    def step(bound: Callable[..., Tensor]) -> Callable[[dict[str, Tensor]], Any]:
-        return lambda s: torch.autograd.grad(bound(s["real"], s["fake"], family), (s["real"], s["fake"]))
+    def step(objective: Callable[..., Tensor]) -> Callable[[dict[str, Tensor]], Any]:
+        return lambda s: torch.autograd.grad(objective(s["real"], s["fake"]), (s["real"], s["fake"]))
 
-    value = traffic("variational_bound", n, 4, family)
+    logistic = name == "logistic_loss"
+    value = traffic("dual_bound", n, 4) if logistic else traffic("variational_bound", n, 4, name)
     gradient = traffic("variational_bound_backward", n, 4)
-    real = n * 4  # the real outputs' gradient is written too
+    real = n * 4 * (2 if logistic else 1)  # the real outputs' gradient is written too, and is theirs in a logistic loss
+    ours = rx.logistic_loss if logistic else partial(rx.variational_bound, divergence=name)
+    contenders = {"refine_ext": step(ours), "eager": step(WRITTEN.get(name) or partial(tight_bound, family=name))}
+    if name in WRITTEN and not quick:
+        contenders["compile"] = step(compiled(name))
     return Case(
-        op="variational_bound",
-        variant=f"{family} step",
+        op="dual_bound" if logistic else "variational_bound",
+        variant=f"{name} step",
         shape=(n,),
         traffic=type(value)(value.streamed + gradient.streamed + real, value.once + n * 4 + real),
         inputs=inputs,
-        contenders={"refine_ext": step(rx.variational_bound), "eager": step(tight_bound)},
+        contenders=contenders,
         capturable=(),
     )
 
@@ -118,7 +137,7 @@ def logit_cases(n: int) -> Iterator[Case]:
     code, alpha = parse_divergence("benchmark", "jensen_shannon", "variational")
 
     def loss(s: dict[str, Tensor]) -> Tensor:
-        return softplus(-s["real"]).mean() + softplus(s["fake"]).mean()
+        return logistic_loss(s["real"], s["fake"])
 
     def output(x: Tensor) -> Tensor:
         return math.log(2) + logsigmoid(x)
@@ -165,7 +184,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for family in FAMILIES:
             yield bound_case(n, family, tight=True)
             yield backward_case(n, family)
-            yield step_case(n, family)
+            yield step_case(n, family, quick)
+        yield step_case(n, "logistic_loss", quick)
         yield bound_case(n, "jensen_shannon", tight=False)
         yield from logit_cases(n)
 

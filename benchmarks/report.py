@@ -30,6 +30,7 @@ CPU_RESULTS = ("density_ratio_cpu", "variational_bound_cpu", "resampling_cpu", "
 TABLES = {
     "headline": report_headline.headline,
     "density_ratio": report_kernels.density_ratio,
+    "variational_bound": report_kernels.variational_bound,
     "resampling": report_kernels.resampling,
     "guidance": report_kernels.guidance,
     "rademacher": report_rademacher.rademacher,

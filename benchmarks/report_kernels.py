@@ -14,7 +14,7 @@ SHOWN_ON_GPU = {
                       "jeffreys", "alpha:0.3"),
     "density_ratio_backward": ("kl", "jensen_shannon"),
     "variational_bound": ("kl", "jensen_shannon", "pearson_chi2", "kl step"),
-    "dual_bound": ("logistic_loss",),
+    "dual_bound": ("logistic_loss", "logistic_loss step"),
     "resample": ("multinomial", "stratified", "systematic", "residual"),
     "rejection": ("rejection",),
     "guided_step": ("with noise", "without noise", "normals"),
@@ -86,6 +86,27 @@ def resampling() -> str:
         f"\nfloat32 weights, one thread, {machine(result['facts'])}. How many times longer the others take. "
         "The memory limit: two sums over the weights and a fill of the result. Metropolis: torch and NumPy step all "
         "chains at once."
+    )
+    return "\n".join(lines)
+
+
+def variational_bound() -> str:
+    result = load("variational_bound_cpu")
+    if result is None:
+        return ""
+    lines = ["| objective | outputs of each kind | time | torch eager | torch.compile |", "|---|---|---|---|---|"]
+    for row in measured(result):
+        name, _, kind = row["variant"].partition(" ")
+        if kind != "step" or row["dtype"] != "float32":
+            continue
+        ours = row["time"]["refine_ext"]["seconds"]
+        title = f"`{name}`" if row["op"] == "dual_bound" else f"`variational_bound`, `{name}`"
+        others = [slower(row, other, ours) for other in ("eager", "compile")]
+        lines.append(f"| {title} | {row['n']:,} | {duration(ours)} | " + " | ".join(others) + " |")
+    lines.append(
+        f"\nThe value and the gradients by all outputs, through autograd: float32, one thread, "
+        f"{machine(result['facts'])}. How many times longer torch takes; its eager tight bounds search for the shift "
+        "as its density ratios do."
     )
     return "\n".join(lines)
 
