@@ -29,7 +29,7 @@ REFINE_EXT_INLINE Vec<typename ComputeOf<T>::type> load_first(const T* p, int64_
   return load(lanes);
 }
 
-// Before a body that is called in two places: folds its switches, keeps its sums in registers.
+// For the body of a loop that costs little more than a call would.
 #define REFINE_EXT_INLINED __attribute__((always_inline))
 
 template <class T, class Body>
@@ -69,7 +69,7 @@ void backward_sums_range(const T* grad, const T* log_ratio, const T* weights, in
   for (int64_t block = begin; block < end; block += kBlock) {
     V through = zero, slope = zero;
     for_elements<T>(block, block + kBlock < end ? block + kBlock : end, inputs, weights ? 3 : 2,
-                    static_cast<T*>(nullptr), [&](const V* x, int64_t count) REFINE_EXT_INLINED {
+                    static_cast<T*>(nullptr), [&](const V* x, int64_t count) {
                       const V c = factor_at<kForm>(family, x[1]);
                       V share = A::exp(x[1]);
                       share = A::select(share == zero, zero, share * c);
@@ -95,7 +95,7 @@ void backward_range(const T* grad, const T* log_ratio, const T* weights, T* out,
   using A = Arithmetic<V>;
   const T* inputs[3] = {grad, log_ratio, weights};
   const V scale = A::splat(through_ratio), zero = A::splat(0.0);
-  for_elements<T>(begin, end, inputs, weights ? 3 : 2, out, [&](const V* x, int64_t) REFINE_EXT_INLINED {
+  for_elements<T>(begin, end, inputs, weights ? 3 : 2, out, [&](const V* x, int64_t) {
     const V c = factor_at<kForm>(family, x[1]);
     V share = A::exp(x[1]) * scale;
     if (weights) share = A::select(x[2] > zero, share * x[2], zero);
