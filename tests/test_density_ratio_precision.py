@@ -13,6 +13,7 @@ import torch
 from reference import CLIPPED, FAMILIES, SUPREMUM, log_ratio, numpy_of
 
 import refine_ext as rx
+from refine_ext.divergence import parse_divergence
 
 pytestmark = pytest.mark.usefixtures("device")
 # No shift, one that float16 and bfloat16 inputs subtract exactly, and one that float32 must round.
@@ -110,6 +111,22 @@ def test_logits_are_exact(dtype):
     for shift in SHIFTS:
         got = rx.density_ratio(logit, kind="logit", shift=shift).log_ratio
         assert torch.equal(got, (logit.double() - shift).to(dtype))
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize("name", ["gan", "jensen_shannon"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_of_logits(name, dtype):
+    """f'(e^ℓ) = sup dom f* − log(1 + e^−ℓ): for gan to the smallest numbers, where e^−ℓ is all that is left."""
+    logit = every_number(dtype)
+    x = numpy_of(logit)
+    with np.errstate(under="ignore"):
+        want = SUPREMUM[name] - (np.maximum(-x, 0) + np.log1p(np.exp(-np.abs(x))))
+    got = torch.ops.refine_ext.dual_output(logit, *parse_divergence("test", name))
+    # Next to its zero jensen_shannon is a difference of numbers above 1/2.
+    error = units(got, want, 0.0 if name == "gan" else 0.5, False)
+    # In float32 a unit each for exp and the logarithm, at different ends, and half a unit for their sum.
+    assert error.max() <= (2.0 if dtype == torch.float32 else LIMITS[dtype])
 
 
 def table() -> str:

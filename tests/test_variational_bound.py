@@ -146,6 +146,21 @@ def test_logistic_loss():
     torch.testing.assert_close(-gan, want, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("logit", [-80.0, -16.6, -1.0, 0.0, 20.0, None])
+def test_logistic_loss_of_many(logit, dtype):
+    """A sum of logarithms is taken as those of products, of a thousand vectors at most: sizes about their ends."""
+    for n in (1, 15, 17, 2000, 3999, 4001, 8001, 16000, 16001, 65536, 65536 + 4003, 2 * 65536 + 1):
+        x = torch.randn(n, dtype=dtype, generator=seeded(n)) * 5 if logit is None else torch.full((n,), logit).to(dtype)
+        wide = numpy_of(x)
+        want = 2 * (np.maximum(wide, 0) + np.log1p(np.exp(-np.abs(wide)))).mean()
+        # Of float32 the exponential is off by a unit, the sums' roundings are float64's: one for each of the products'
+        # thousand factors, and one for each sum of them.
+        tolerance = 3e-7 if dtype == torch.float32 else 2e-13
+        assert abs(float(rx.logistic_loss(-x, x)) / want - 1) <= tolerance, n
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_saturated_logits(dtype):
     """Logits far beyond where a sigmoid rounds to 0 or 1, and infinite confidence that is right costs nothing."""

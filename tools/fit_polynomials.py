@@ -65,10 +65,11 @@ def fit(name, function, interval, degree, relative_to, widened=1):
 if __name__ == "__main__":
     half = log(2) / 2 + mpf(2) ** -20
     top = ((sqrt(2) - 1) / (sqrt(2) + 1)) ** 2 + mpf(2) ** -20
-    for bits, exp_degree, log_degree in ((24, 4, 2), (53, 10, 6)):
+    for bits, exp_degree, log_degree, unit_degree in ((24, 4, 2, 4), (53, 10, 6, 9)):
         print(f"--- {bits} bits")
         fit("exp_tail", exp_tail, [-half, half], exp_degree, lambda r, q: r * q if r else q)
         fit("log_tail", log_tail, [mpf(0), top], log_degree, lambda z, p: z * p / 2)
+        fit("log_tail, log1p of [0, 1]", log_tail, [mpf(0), mpf(1) / 9], unit_degree, lambda z, p: z * p / 2)
     print("--- powers of two")
     # A line fitted to an interval wider by sqrt(3/2) has an error that times f is the same at three extremes.
     for steps, degree, widened in ((32, 1, sqrt(1.5)), (1, 4, 1), (1, 10, 1)):

@@ -19,6 +19,19 @@ REFINE_EXT_INLINE V factor_at(Family family, V log_ratio) {
   return factor;
 }
 
+// The first `count` of a vector, the last of them in its other lanes.
+template <class T>
+REFINE_EXT_INLINE Vec<typename ComputeOf<T>::type> load_first(const T* p, int64_t count) {
+  T lanes[Vec<typename ComputeOf<T>::type>::kWidth];
+  for (int lane = 0; lane < Vec<typename ComputeOf<T>::type>::kWidth; ++lane) {
+    lanes[lane] = p[lane < count ? lane : count - 1];
+  }
+  return load(lanes);
+}
+
+// For the body of a loop that costs little more than a call would.
+#define REFINE_EXT_INLINED __attribute__((always_inline))
+
 template <class T, class Body>
 REFINE_EXT_INLINE void for_elements(int64_t begin, int64_t end, const T* const* inputs, int count, T* out,
                                     Body&& body) {
@@ -34,14 +47,10 @@ REFINE_EXT_INLINE void for_elements(int64_t begin, int64_t end, const T* const* 
       },
       [&](int64_t i, int64_t rest) {
         V x[3];
-        T lanes[kWidth];
-        for (int k = 0; k < count; ++k) {
-          for (int lane = 0; lane < kWidth; ++lane)
-            lanes[lane] = inputs[k][i + (lane < rest ? lane : rest - 1)];
-          x[k] = load(lanes);
-        }
+        for (int k = 0; k < count; ++k) x[k] = load_first(inputs[k] + i, rest);
         const V value = body(x, rest);
         if (out) {
+          T lanes[kWidth];
           store(lanes, value);
           for (int64_t lane = 0; lane < rest; ++lane) out[i + lane] = lanes[lane];
         }
@@ -102,7 +111,8 @@ void dual_output_range(const T* x, T* out, int64_t begin, int64_t end, Family fa
   using V = Vec<typename ComputeOf<T>::type>;
   family.form = kForm;
   const T* inputs[3] = {x, nullptr, nullptr};
-  for_elements<T>(begin, end, inputs, 1, out, [&](const V* v, int64_t) { return dual_output(family, v[0]); });
+  for_elements<T>(begin, end, inputs, 1, out,
+                  [&](const V* v, int64_t) REFINE_EXT_INLINED { return dual_output(family, v[0]); });
 }
 
 template <Form kForm, class T>
@@ -112,14 +122,61 @@ void dual_slope_range(const T* x, const T* grad, double scale, T* out, int64_t b
   family.form = kForm;
   const T* inputs[3] = {x, grad, nullptr};
   const V factor = Arithmetic<V>::splat(scale);
-  for_elements<T>(begin, end, inputs, grad ? 2 : 1, out, [&](const V* v, int64_t) {
+  for_elements<T>(begin, end, inputs, grad ? 2 : 1, out, [&](const V* v, int64_t) REFINE_EXT_INLINED {
     const V slope = conjugated ? conjugate_slope(family, v[0]) : dual_slope(family, v[0]);
     return (grad ? v[1] * factor : factor) * slope;
   });
 }
 
+// A sum of softplus(x) in float64. Of the logarithms it takes one, of the product 1 + p of all 1 + y: another
+// factor adds y + p y to p, both at least 0, so that the smallest y counts.
+template <class S>
+struct SoftplusSum {
+  using D = Vec<double>;
+  static constexpr int64_t kMost = 1000;  // vectors: each doubles the product at most, which is a double
+  WideSum<S> linear;
+  WideLanes p{D::splat(0.0), D::splat(0.0)};
+
+  REFINE_EXT_INLINE void add(Vec<S> x) {
+    const SoftplusParts<Vec<S>> parts = softplus_parts(x);
+    linear.add(parts.linear);
+    const WideLanes y = wide_lanes(parts.excess);
+    p.low = p.low + (y.low + p.low * y.low);
+    if constexpr (sizeof(S) == 4) p.high = p.high + (y.high + p.high * y.high);
+  }
+  REFINE_EXT_INLINE double total() const {
+    D logarithm = Arithmetic<D>::log1p(p.low);
+    if constexpr (sizeof(S) == 4) logarithm = logarithm + Arithmetic<D>::log1p(p.high);
+    return linear.total() + horizontal_sum(logarithm);
+  }
+};
+
+// Of sign * x.
+template <class T>
+double softplus_sum(const T* x, int64_t begin, int64_t end, double sign) {
+  using S = typename ComputeOf<T>::type;
+  using V = Vec<S>;
+  constexpr int64_t kWidth = V::kWidth, kMost = SoftplusSum<S>::kMost * kWidth;
+  const V factor = V::splat(static_cast<S>(sign)), none = V::splat(-std::numeric_limits<S>::infinity());
+  double total = 0.0;
+  for (int64_t block = begin; block < end; block += kMost) {
+    const int64_t stop = block + kMost < end ? block + kMost : end;
+    SoftplusSum<S> sum;
+    int64_t i = block;
+    for (; i + kWidth <= stop; i += kWidth) sum.add(factor * load(x + i));
+    if (i < stop) sum.add(select(first_lanes<S>(stop - i), factor * load_first(x + i, stop - i), none));
+    total += sum.total();
+  }
+  return total;
+}
+
 template <Form kForm, class T>
 double dual_sum_range(const T* x, int64_t begin, int64_t end, Family family, bool conjugated) {
+  if constexpr (kForm == Form::logistic) {
+    const double n = static_cast<double>(end - begin);
+    const double sum = softplus_sum(x, begin, end, conjugated ? 1.0 : -1.0);
+    return conjugated ? sum + n * family.conjugate_offset : n * family.supremum - sum;
+  }
   using S = typename ComputeOf<T>::type;
   using V = Vec<S>;
   using A = Arithmetic<V>;
@@ -127,11 +184,12 @@ double dual_sum_range(const T* x, int64_t begin, int64_t end, Family family, boo
   const T* inputs[3] = {x, nullptr, nullptr};
   // In float64: outputs may share an offset, which the mean of f* takes off again.
   WideSum<S> total;
-  for_elements<T>(begin, end, inputs, 1, static_cast<T*>(nullptr), [&](const V* v, int64_t count) {
-    const V value = conjugated ? conjugate(family, v[0]) : dual_output(family, v[0]);
-    total.add(A::select(first_lanes<S>(count), value, A::splat(0.0)));
-    return value;
-  });
+  for_elements<T>(begin, end, inputs, 1, static_cast<T*>(nullptr),
+                  [&](const V* v, int64_t count) REFINE_EXT_INLINED {
+                    const V value = conjugated ? conjugate(family, v[0]) : dual_output(family, v[0]);
+                    total.add(A::select(first_lanes<S>(count), value, A::splat(0.0)));
+                    return value;
+                  });
   return total.total();
 }
 

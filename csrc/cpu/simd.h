@@ -153,6 +153,27 @@ REFINE_EXT_INLINE double horizontal_sum(Vec<S> a) {
   return sum;
 }
 
+// The lanes as float64. Of doubles, `low` alone.
+struct WideLanes {
+  Vec<double> low, high;
+};
+
+REFINE_EXT_INLINE WideLanes wide_lanes(Vec<float> x) {
+  using D = Vec<double>::Native;
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)x.v;
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+  return {{(D)_mm512_cvtps_pd(_mm512_castps512_ps256(all))}, {(D)_mm512_cvtps_pd(upper)}};
+#else
+  typedef float HalfNative __attribute__((vector_size(kVectorBytes / 2)));
+  HalfNative parts[2];
+  std::memcpy(parts, &x.v, sizeof parts);
+  return {{__builtin_convertvector(parts[0], D)}, {__builtin_convertvector(parts[1], D)}};
+#endif
+}
+
+REFINE_EXT_INLINE WideLanes wide_lanes(Vec<double> x) { return {x, Vec<double>::splat(0.0)}; }
+
 // Sums in float64. A sum of ratios is dominated by a few of them, and a float32 accumulator that holds a
 // large one loses half a unit of its last place with every later addition.
 template <class S>
@@ -163,18 +184,9 @@ struct WideSum {
     if constexpr (sizeof(S) == 8) {
       low = low + x;
     } else {
-#if defined(__AVX512F__)
-      const __m512 all = (__m512)x.v;
-      const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
-      low.v += (Vec<double>::Native)_mm512_cvtps_pd(_mm512_castps512_ps256(all));
-      high.v += (Vec<double>::Native)_mm512_cvtps_pd(upper);
-#else
-      typedef float HalfNative __attribute__((vector_size(kVectorBytes / 2)));
-      HalfNative parts[2];
-      std::memcpy(parts, &x.v, sizeof parts);
-      low.v += __builtin_convertvector(parts[0], Vec<double>::Native);
-      high.v += __builtin_convertvector(parts[1], Vec<double>::Native);
-#endif
+      const WideLanes wide = wide_lanes(x);
+      low = low + wide.low;
+      high = high + wide.high;
     }
   }
   REFINE_EXT_INLINE double total() const { return horizontal_sum(low + high); }
@@ -212,6 +224,9 @@ struct Tables<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kExpTail[] = {FloatExp::q0, FloatExp::q1, FloatExp::q2, FloatExp::q3, FloatExp::q4};
   static constexpr float kLogTail[] = {FloatLog::r0, FloatLog::r1, FloatLog::r2};
+  static constexpr float kUnitLogTail[] = {0.666666673205274125f, 0.399997063319297174f,
+                                           0.285923579943028377f, 0.217065758008803726f,
+                                           0.232243292240233488f};
   static constexpr float kLn2High = FloatExp::kLn2High, kLn2Low = FloatExp::kLn2Low;
   static constexpr float kRound = FloatExp::kRound;
   static constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;
@@ -234,6 +249,10 @@ struct Tables<double> {
   static constexpr double kLogTail[] = {0.666666666666666969, 0.399999999998994846, 0.285714286259844848,
                                         0.222222111333259714, 0.181828892322975639, 0.15331718042755715,
                                         0.146164936603116586};
+  static constexpr double kUnitLogTail[] = {0.666666666666666586, 0.400000000000145827, 0.285714285671087572,
+                                            0.22222222717427863,  0.181817894361328582, 0.153855700649586231,
+                                            0.133141442096549362, 0.120010728095907125, 0.0880073848614467388,
+                                            0.161640456119435322};
   static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kExpLow = -746.0, kExpHigh = 710.0;
@@ -362,6 +381,23 @@ REFINE_EXT_INLINE Vec<S> vector_log1p(Vec<S> x) {
   return select(x == V::splat(0), x, vector_log(u) + correction);
 }
 
+// For x in [0, 1], with no exponent to split off: 2 s + s^3 P(s^2) again, s = x / (2 + x) up to 1/3. As 2 s
+// is x - s x, a part of x is taken from it, and none where x is small.
+template <class S>
+REFINE_EXT_INLINE Vec<S> vector_log1p_unit(Vec<S> x) {
+  using V = Vec<S>;
+  const V s = x / (V::splat(2) + x);
+  const V z = s * s;
+  const V tail = z * polynomial(z, Tables<S>::kUnitLogTail);
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return x - s * (x - tail);
+#else
+  // Each product is rounded: as in vector_log, where s, which has the most roundings, has a smaller share.
+  const V half_square = V::splat(S(0.5)) * x * x;
+  return x - (half_square - s * (half_square + tail));
+#endif
+}
+
 template <class S>
 REFINE_EXT_INLINE Vec<S> vector_sqrt(Vec<S> x) {
 #if defined(__AVX512F__)
@@ -397,6 +433,7 @@ struct Arithmetic<REFINE_EXT_ISA::Vec<S>> {
   static REFINE_EXT_INLINE V exp(V x) { return REFINE_EXT_ISA::vector_exp(x); }
   static REFINE_EXT_INLINE V log(V x) { return REFINE_EXT_ISA::vector_log(x); }
   static REFINE_EXT_INLINE V log1p(V x) { return REFINE_EXT_ISA::vector_log1p(x); }
+  static REFINE_EXT_INLINE V log1p_unit(V x) { return REFINE_EXT_ISA::vector_log1p_unit(x); }
   static REFINE_EXT_INLINE V sqrt(V x) { return REFINE_EXT_ISA::vector_sqrt(x); }
   static REFINE_EXT_INLINE V reciprocal(V x) { return splat(1.0) / x; }
   static REFINE_EXT_INLINE V quotient(V x, V y) { return x / y; }

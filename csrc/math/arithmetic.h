@@ -31,6 +31,8 @@ struct Arithmetic {
   static REFINE_EXT_INLINE V expm1(V x) { return ::expm1(x); }
   static REFINE_EXT_INLINE V log(V x) { return ::log(x); }
   static REFINE_EXT_INLINE V log1p(V x) { return ::log1p(x); }
+  // For x in [0, 1]; apart from log1p, since vector code has a shorter way.
+  static REFINE_EXT_INLINE V log1p_unit(V x) { return ::log1p(x); }
   static REFINE_EXT_INLINE V sqrt(V x) { return ::sqrt(x); }
   // Apart from a division, since a GPU has instructions for them.
   static REFINE_EXT_INLINE V reciprocal(V x) { return V(1) / x; }
@@ -114,6 +116,7 @@ struct Arithmetic<float> {
     const float near = 2.0f * s + s * z * ((T::r2 * z + T::r1) * z + T::r0);
     return x < 0.41f ? near : log(1.0f + x);
   }
+  static REFINE_EXT_INLINE float log1p_unit(float x) { return log1p(x); }
   // Within 2 ulp, of em1 too; x up to 88. Below -87.7 e is 0.
   static REFINE_EXT_INLINE void exp_and_expm1(float x, float& e, float& em1) {
     using T = FloatExp;

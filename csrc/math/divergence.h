@@ -94,13 +94,23 @@ REFINE_EXT_INLINE Family make_family(Divergence divergence, double alpha) {
   return power_family(1.0 - alpha, 1.0, 0.0, 0.0);
 }
 
-// log(1 + e^x) without overflow.
+// log(1 + e^x) = linear + log(1 + excess) without overflow: max(x, 0) and e^-|x|.
 template <class V>
-REFINE_EXT_INLINE V softplus(V x) {
+struct SoftplusParts {
+  V linear, excess;
+};
+
+template <class V>
+REFINE_EXT_INLINE SoftplusParts<V> softplus_parts(V x) {
   using A = Arithmetic<V>;
   const V zero = A::splat(0.0);
-  const V magnitude = A::select(x < zero, zero - x, x);
-  return A::select(x < zero, zero, x) + A::log1p(A::exp(zero - magnitude));
+  return {A::select(x < zero, zero, x), A::exp(A::select(x < zero, x, zero - x))};
+}
+
+template <class V>
+REFINE_EXT_INLINE V softplus(V x) {
+  const SoftplusParts<V> parts = softplus_parts(x);
+  return parts.linear + Arithmetic<V>::log1p_unit(parts.excess);
 }
 
 // t = f'(e^x): the discriminator output whose density ratio is e^x.
