@@ -44,6 +44,14 @@ KERNELS = (
         _EAGER_OR_COMPILED,
     ),
     Kernel(
+        "variational_bound_cpu",
+        "`logistic_loss` and its gradients",
+        lambda row: row["variant"] == "logistic_loss step" and row["n"] == 10**6,
+        lambda row: f"2 × {row['n']:,}",
+        "eager",
+        _EAGER_OR_COMPILED,
+    ),
+    Kernel(
         "resampling_cpu",
         "`resample`, multinomial",
         lambda row: row["variant"].startswith("multinomial") and row["n"] == row["num"] == 10**6,

@@ -102,7 +102,7 @@ def variational_bound() -> str:
         ours = row["time"]["refine_ext"]["seconds"]
         title = f"`{name}`" if row["op"] == "dual_bound" else f"`variational_bound`, `{name}`"
         others = [slower(row, other, ours) for other in ("eager", "compile")]
-        lines.append(f"| {title} | {row['n']:,} | {duration(ours)} | " + " | ".join(others) + " |")
+        lines.append(f"| {title} | {row['n']:,} | {ours * 1e6:,.0f} µs | " + " | ".join(others) + " |")
     lines.append(
         f"\nThe value and the gradients by all outputs, through autograd: float32, one thread, "
         f"{machine(result['facts'])}. How many times longer torch takes; its eager tight bounds search for the shift "
