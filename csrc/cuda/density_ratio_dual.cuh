@@ -101,7 +101,7 @@ struct BackwardPass : Pass {
 
 // budget: registers 48 (16-bit 56, float64 80), shared 0, occupancy 62% (16-bit 50%, float64 37%), inputs
 //     1, outputs 1,
-//   instructions/sample 51 (float64 89, exponential 10, float64 exponential 16, reciprocal 20, float64
+//   instructions/sample 47 (float64 89, exponential 10, float64 exponential 16, reciprocal 20, float64
 //     reciprocal 68, float64 logistic 227, lambert 41, float64 lambert 90),
 //   special/sample 1 (exponential 0, float64 reciprocal 0, logistic 4, float64 logistic 2, float64 lambert
 //     0),
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, typename ComputeO
 }
 
 // budget: registers 64 (float64 72), shared 128, occupancy 50% (float64 37%), inputs 1,
-//   instructions/sample 47 (float64 83, exponential 6, float64 exponential 9, reciprocal 16, float64
+//   instructions/sample 44 (float64 83, exponential 6, float64 exponential 9, reciprocal 16, float64
 //     reciprocal 50, float64 logistic 220, lambert 37, float64 lambert 85, float64 conjugate 84, conjugate
 //     exponential 36, float64 conjugate exponential 84, conjugate reciprocal 6, float64 conjugate
 //     reciprocal 9, float64 conjugate logistic 218, 16-bit conjugate lambert 34),
