@@ -33,6 +33,11 @@ def _(x, centers, scale, log_weights, exclude, mean, stats):
     )
 
 
+@torch.library.register_fake("refine_ext::log_mixture_with_score")
+def _(x, centers, scale, log_weights, exclude):
+    return x.new_empty((x.shape[0],), dtype=torch.float64), torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("refine_ext::log_mixture_backward")
 def _(grad, value, x, centers, scale, log_weights, exclude, wanted):
     n, d = centers.shape

@@ -13,11 +13,13 @@
 #include "log_mixture_wide_pairs.h"
 
 #define REFINE_EXT_ISA isa_baseline
-#include "simd_storage.h"
+#include "log_mixture_row_gradient.h"
 
 namespace refine_ext {
 
 REFINE_EXT_KERNEL_TABLE(WideGradientKernels, wide_gradient_kernels)
+
+const WideGradientKernels& wide_gradient_kernels_of_cpu() { return wide_gradient_kernels_table(); }
 
 namespace {
 
@@ -127,16 +129,10 @@ class WideBlocks {
 
   template <class T>
   void write(T* out, int64_t begin, int64_t rows) const {
-    const bool shared = in_.scale_kind == MixtureScale::shared;
-    const double inverse = shared ? 1.0 / *static_cast<const float*>(in_.scale) : 1.0;
+    const isa_baseline::RowGradient gradient(in_);
     for (int64_t r = 0; r < rows; ++r) {
       const double grad = plan_.over_rows() ? 1.0 : plan_.problem.grad[begin + r];
-      // 1 / s^2, of which a centre's own is in the sums already, as log2(e) / (2 s^2).
-      const double factor = -grad * (shared ? inverse * inverse : 2 * kLn2);
-      const double* from = total_.data() + r * stride_;
-      T* to = out + (begin + r) * in_.d;
-      for (int64_t k = 0; k < in_.d; ++k)
-        to[k] = isa_baseline::encode<T>(static_cast<float>(factor * from[k]));
+      gradient.write(out + (begin + r) * in_.d, grad, total_.data() + r * stride_);
     }
   }
 

@@ -11,6 +11,7 @@
 namespace refine_ext {
 
 const WideKernels& wide_kernels_of_cpu();
+const WideGradientKernels& wide_gradient_kernels_of_cpu();
 
 // Rows of float32, each padded with zeros to `stride`.
 class WideRows {
