@@ -110,6 +110,13 @@ void Forward::score_sums(Workspace& own, int64_t rows, int64_t first) const {
     for (int64_t r = 0; r < rows; ++r) {
       const KeptCenters& kept = own.kept[r];
       float* const w = memory.w.data() + r * some - begin;
+      const int64_t last = next[r] + some - 1;
+      if (!with_rate && last < kept.count && kept.index[last] == begin + some - 1) {  // all of them
+        std::copy_n(kept.weight + next[r], some, w + begin);
+        next[r] = last + 1;
+        any = true;
+        continue;
+      }
       for (int64_t& c = next[r]; c < kept.count && kept.index[c] < begin + some; ++c) {
         const int32_t j = kept.index[c];
         w[j] = with_rate ? static_cast<float>(kept.weight[c] * centers.rate[first + j]) : kept.weight[c];

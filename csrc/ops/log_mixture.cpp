@@ -26,6 +26,7 @@ std::tuple<Tensor, Tensor> log_mixture_with_score(const Tensor& x, const Tensor&
   const Tensor score = allocate_like(in.x);
   out.problem.score = score.mutable_data_ptr();
   log_mixture_cpu(out.problem);
+  mend_far_scores_cpu(out.problem);
   return {out.value, score};
 }
 
