@@ -88,12 +88,10 @@ inline Results allocate_results(const Inputs& in, bool mean, bool stats) {
               matrix(counted, 2, ScalarType::Double, in.x),
               allocate(&counted, 1, ScalarType::Long, in.x),
               {}};
-  out.problem = {in.plain,
-                 static_cast<double*>(out.value.mutable_data_ptr()),
+  out.problem = {in.plain, static_cast<double*>(out.value.mutable_data_ptr()),
                  mean ? out.mean.mutable_data_ptr() : nullptr,
                  stats ? static_cast<double*>(out.stats.mutable_data_ptr()) : nullptr,
-                 stats ? static_cast<int64_t*>(out.top.mutable_data_ptr()) : nullptr,
-                 nullptr};
+                 stats ? static_cast<int64_t*>(out.top.mutable_data_ptr()) : nullptr};
   return out;
 }
 
