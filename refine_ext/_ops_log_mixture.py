@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  (the ops are registered by then)
-from ._autograd import differentiable, gradients, register_gradient, unrecorded
+from ._autograd import differentiable, gradients, register_gradient
 
 ops = torch.ops.refine_ext
 _FORWARD, _BACKWARD = ops.log_mixture.default, ops.log_mixture_backward.default
@@ -22,14 +22,6 @@ _BLOCK_ELEMENTS = 1 << 22
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def value_and_score(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of ``(x, centers, scale, log_weights, exclude)``, in the one pass or in two."""
-    if x.is_cpu:
-        return unrecorded(_WITH_SCORE, x, *others)
-    value = unrecorded(_FORWARD, x, *others, False, False)[0]
-    return value, unrecorded(_BACKWARD, torch.ones_like(value), value, x, *others, _X)[0]
 
 
 @torch.library.register_fake("refine_ext::log_mixture")
@@ -104,9 +96,9 @@ def _score_backward(ctx: Any, grad: Tensor | None, _: Tensor | None):
     needs = ctx.needs_input_grad[:4]
     if grad is None or any(needs[1:]) or torch.is_grad_enabled():
         return (*_value_gradients(needs, grad, value, *inputs), None)
-    # None of nothing, as where a row has no gradient: its score may be infinite.
-    slope = torch.where(grad == 0, 0.0, grad).unsqueeze(1) * score
-    return slope.to(score.dtype), None, None, None, None
+    grad = grad.to(_compute_dtype(score)).unsqueeze(1)
+    # A row without gradient has none, also where its score is not finite.
+    return torch.where(grad == 0, 0.0, grad * score).to(score.dtype), None, None, None, None
 
 
 def _backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

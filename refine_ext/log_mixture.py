@@ -23,8 +23,7 @@ from .mixture_arguments import (
 )
 from .mixture_stream import StreamedMixture, blocks_of
 
-_OP = ops.log_mixture.default
-_OP_WITH_SCORE = ops.log_mixture_with_score.default
+_OP, _OP_WITH_SCORE = ops.log_mixture.default, ops.log_mixture_with_score.default
 _LOG_2PI = math.log(2 * math.pi)
 
 

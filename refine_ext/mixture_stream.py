@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ._call import called
-from ._ops_log_mixture import ops, value_and_score
+from ._ops_log_mixture import ops
 from .mixture_arguments import as_array_tensor, as_scale, log_count, refuse_nan
 
-_OP = ops.log_mixture.default
+_OP, _OP_WITH_SCORE = ops.log_mixture.default, ops.log_mixture_with_score.default
 _BLOCK_BYTES = 64 << 20
 
 
@@ -114,7 +114,7 @@ class StreamedMixture:
                 local = torch.where((exclude >= n) & (exclude < n + len(centers)), exclude - n, -1)
             inputs = (x, centers, scale, part, local)
             if want_score:
-                v, m = value_and_score(*inputs)
+                v, m = called(self.function, _OP_WITH_SCORE, False, *inputs)
             if want_stats or not want_score:
                 v, *means, s, t = called(self.function, _OP, False, *inputs, want_mean, want_stats)
                 m = m if want_score else means[0]

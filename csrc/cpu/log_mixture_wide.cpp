@@ -62,7 +62,10 @@ struct Workspace {
 class Forward {
  public:
   explicit Forward(const LogMixtureProblem& p)
-      : p_(p), kernels_(wide_kernels_of_cpu()), pairs_(p.in), gradient_(p.in) {}
+      : p_(p),
+        kernels_(wide_kernels_of_cpu()),
+        pairs_(p.in, p.score ? kGradientSpan : kValueSpan),
+        gradient_(p.in) {}
   void run() const;
 
  private:

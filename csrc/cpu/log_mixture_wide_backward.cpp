@@ -25,8 +25,6 @@ namespace {
 
 // Blocks of as many as a float32 sum takes well.
 constexpr int64_t kBlockRows = 256, kBlockCenters = 512;
-// Weights of less than 2^-80 are zero.
-constexpr double kSpan = 80.0;
 static_assert(kBlockRows % kRowBlock == 0 && kRowBlock % kGradientRows == 0);
 
 class WideBlocks {
@@ -86,7 +84,7 @@ class WideBlocks {
         continue;
       }
       const double log2_value = kLog2E * value;
-      least[count] = log2_value - kSpan;
+      least[count] = log2_value - kGradientSpan;
       row[count] = {log2_value, plan_.over_rows() ? grad : 1.0, least[count]};
       rows[count++] = i;
     }

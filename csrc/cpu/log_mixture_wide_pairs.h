@@ -41,7 +41,8 @@ class WideScreen;
 
 class WidePairs {
  public:
-  explicit WidePairs(const MixtureInputs& in);
+  // The span counts where `visit` is given none.
+  explicit WidePairs(const MixtureInputs& in, double span = kValueSpan);
   ~WidePairs();
 
   const WideCenters& centers() const { return centers_; }

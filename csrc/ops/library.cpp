@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY(REFINE_EXT_LIBRARY, m) {
       "log_mixture(Tensor x, Tensor centers, Tensor scale, Tensor? log_weights, Tensor? exclude, bool mean, "
       "bool stats)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
-  // value, and its gradient by x in x's dtype: in one pass on the CPU, where it is all that is wanted.
+  // value, and its gradient by x in x's dtype; on the CPU in one pass.
   m.def(
       "log_mixture_with_score(Tensor x, Tensor centers, Tensor scale, Tensor? log_weights, Tensor? exclude)"
       " -> (Tensor, Tensor)");
