@@ -223,14 +223,19 @@ def mean_case(size: tuple[int, int, int], regime: str, budget: float | None = No
     )
 
 
-def _gradients(form: Form, s: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Of the sum of all values by samples, centres and scale."""
-    leaves = [s[name].detach().requires_grad_() for name in "xys"]
-    return torch.autograd.grad(form(*leaves).sum(), leaves)
+def _gradients(form: Form, s: dict[str, Tensor], by: str = "xys") -> tuple[Tensor, ...]:
+    """Of the sum of all values by samples, centres and scale, or some of them."""
+    inputs = [s[name].detach().requires_grad_(name in by) for name in "xys"]
+    return torch.autograd.grad(form(*inputs).sum(), [each for each in inputs if each.requires_grad])
 
 
 def backward_case(
-    size: tuple[int, int, int], regime: str = "dense", *, libraries: bool = False, budget: float | None = None
+    size: tuple[int, int, int],
+    regime: str = "dense",
+    *,
+    by: str = "xys",
+    libraries: bool = False,
+    budget: float | None = None,
 ) -> Case:
     m, n, d = size
 
@@ -246,11 +251,12 @@ def backward_case(
     if libraries:
         compared["keops"] = forms.by_keops
     contenders: dict[str, Callable[[dict[str, Tensor]], Any]] = {
-        name: partial(_gradients, form) for name, form in compared.items()
+        name: partial(_gradients, form, by=by) for name, form in compared.items()
     }
 
     def op(s: dict[str, Tensor]) -> Any:
-        return ops.log_mixture_backward(s["grad"], s["value"], s["x"], s["y"], s["s"], None, None, 7)
+        wanted = sum(bit for bit, name in zip((1, 2, 4), "xys", strict=True) if name in by)
+        return ops.log_mixture_backward(s["grad"], s["value"], s["x"], s["y"], s["s"], None, None, wanted)
 
     contenders["refine_ext_op"] = op
     contenders["refine_ext_forward"] = _ours_op
@@ -262,12 +268,12 @@ def backward_case(
 
     def accuracy(s: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         few = {**s, "x": s["x"][:64]}
-        want = _gradients(reference, few)
+        want = _gradients(reference, few, by)
         return {
             "worst_error": {
                 name: max(
                     ((g.double() - w).abs().max() / w.abs().max()).item()
-                    for g, w in zip(_gradients(form, few), want, strict=True)
+                    for g, w in zip(_gradients(form, few, by), want, strict=True)
                 )
                 for name, form in compared.items()
             }
@@ -275,7 +281,7 @@ def backward_case(
 
     return _case(
         "log_mixture_backward",
-        "gradients",
+        "score" if by == "x" else "gradients",
         size,
         regime,
         inputs=with_value,
@@ -290,6 +296,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick:
         yield forward_case((40, 30, 3), device=device)
         yield mean_case((40, 30, 3), "dense")
+        yield backward_case((40, 30, 3), by="x")
         yield backward_case((40, 30, 3))
         return
     compiled, sizes = True, SIZES[device]
@@ -303,6 +310,9 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         yield forward_case(A_TERM, "peaked", device=device, budget=6.0)
     yield mean_case(sizes[-1], "dense", budget=5.0)
     yield mean_case(sizes[-1], "peaked", budget=5.0)
+    for size in sizes:
+        yield backward_case(size, by="x", libraries=libraries and size[2] == 2, budget=8.0)
+    yield backward_case(sizes[-1], "peaked", by="x", budget=6.0)
     for size in sizes:
         yield backward_case(size, libraries=libraries and size[2] == 2, budget=8.0)
     yield backward_case(sizes[-1], "peaked", budget=6.0)

@@ -18,7 +18,7 @@ OTHERS = {
     "sklearn": "scikit-learn",
 }
 GAUSSIAN_OTHERS = {"eager": "eager", "compile": "compiled", "distributions": "`torch.distributions`"}
-WHAT = {"value": "L", "mean": "L and mean", "gradients": "L and gradients"}
+WHAT = {"value": "L", "mean": "L and mean", "score": "L and gradient by x", "gradients": "L and gradients"}
 
 
 def best(row: dict[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ._autograd import differentiable, gradients, register_gradient
 
 ops = torch.ops.refine_ext
 _FORWARD, _BACKWARD = ops.log_mixture.default, ops.log_mixture_backward.default
+_WITH_SCORE = ops.log_mixture_with_score.default
 _X, _CENTERS, _SCALE, _LOG_WEIGHTS = (1, 2, 4, 8)  # csrc/ops/log_mixture.h Wanted
 # Of rows x centres x dimensions, of which second derivatives hold a few at once; or of one row.
 _BLOCK_ELEMENTS = 1 << 22
@@ -33,6 +35,11 @@ def _(x, centers, scale, log_weights, exclude, mean, stats):
     )
 
 
+@torch.library.register_fake("refine_ext::log_mixture_with_score")
+def _(x, centers, scale, log_weights, exclude):
+    return x.new_empty((x.shape[0],), dtype=torch.float64), torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("refine_ext::log_mixture_backward")
 def _(grad, value, x, centers, scale, log_weights, exclude, wanted):
     n, d = centers.shape
@@ -50,30 +57,48 @@ def _(grad, value, x, centers, scale, log_weights, exclude, wanted):
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, centers, scale, log_weights, exclude, ctx.mean, _ = inputs
-    value, mean, stats, top = output
+    value, _, stats, top = output
     ctx.mark_non_differentiable(stats, top)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, centers, scale, log_weights, exclude, value, mean)
+    ctx.save_for_backward(x, centers, scale, log_weights, exclude, value)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, *_: Any):
-    x, centers, scale, log_weights, exclude, value, mean = ctx.saved_tensors
+    x, centers, scale, log_weights, exclude, value = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
     if not ctx.mean:
         grad_mean = None
-    if grad is None:
-        grads: list[Tensor | None] = [None] * 4
-    elif ctx.mean and not any(needs[1:]) and scale.numel() == 1 and grad_mean is None and not torch.is_grad_enabled():
-        slope = (mean - x) / scale.square()
-        grads = [(grad.to(slope.dtype).unsqueeze(1) * slope).to(x.dtype), None, None, None]
-    else:
-        wanted = sum(bit for bit, need in zip((_X, _CENTERS, _SCALE, _LOG_WEIGHTS), needs, strict=True) if need)
-        parts = differentiable(_BACKWARD, grad, value, x, centers, scale, log_weights, exclude, wanted)
-        grads = [part if need else None for part, need in zip(parts, needs, strict=True)]
+    grads = _value_gradients(needs, grad, value, x, centers, scale, log_weights, exclude)
     if grad_mean is not None:
         more = _vector_jacobian(_mean, [x, centers, scale, log_weights], exclude, [grad_mean])
         grads = [_sum(a, b) if need else None for a, b, need in zip(grads, more[:4], needs, strict=True)]
     return (*grads, None, None, None)
+
+
+def _value_gradients(needs: Any, grad: Tensor | None, value: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
+    """Of x, centers, scale and log_weights, of which those are made that `needs` names."""
+    wanted = sum(bit for bit, need in zip((_X, _CENTERS, _SCALE, _LOG_WEIGHTS), needs, strict=True) if need)
+    if grad is None or not wanted:
+        return [None] * 4
+    parts = differentiable(_BACKWARD, grad, value, *inputs, wanted)
+    return [part if need else None for part, need in zip(parts, needs, strict=True)]
+
+
+def _score_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    value, score = output
+    ctx.mark_non_differentiable(score)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, value, score)
+
+
+def _score_backward(ctx: Any, grad: Tensor | None, _: Tensor | None):
+    *inputs, value, score = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    if grad is None or any(needs[1:]) or torch.is_grad_enabled():
+        return (*_value_gradients(needs, grad, value, *inputs), None)
+    grad = grad.to(_compute_dtype(score)).unsqueeze(1)
+    # A row without gradient has none, also where its score is not finite.
+    return torch.where(grad == 0, 0.0, grad * score).to(score.dtype), None, None, None, None
 
 
 def _backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -178,7 +203,7 @@ def _vector_jacobian(formula, inputs, exclude, upstream, second=False):
 
 # ---- autocast: exponents of thousands need float32 whatever the network ran in
 
-for _name in ("log_mixture", "log_mixture_backward"):
+for _name in ("log_mixture", "log_mixture_with_score", "log_mixture_backward"):
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"refine_ext::{_name}", _device, torch.float32)
 
@@ -191,22 +216,28 @@ def _example(x: Any, dim: int | None, i: int) -> Any:
 
 
 def _batch(call, info, in_dims, x, centers, scale, log_weights, exclude, mean, stats):
+    return _batched(partial(call, _FORWARD), info, in_dims, (x, centers, scale, log_weights, exclude), mean, stats)
+
+
+def _score_batch(call, info, in_dims, *inputs):
+    return _batched(partial(call, _WITH_SCORE), info, in_dims, inputs)
+
+
+def _batched(call, info, in_dims, inputs, *options):
     size = info.batch_size
+    x, centers, scale, log_weights, exclude = inputs
     if all(dim is None for dim in in_dims[1:4]):
         rows = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x.expand(size, *x.shape)
         if exclude is not None:
             front = exclude.movedim(in_dims[4], 0) if in_dims[4] is not None else exclude.expand(size, -1)
             exclude = front.reshape(-1)
-        results = call(_FORWARD, rows.flatten(0, 1), centers, scale, log_weights, exclude, mean, stats)
-        return tuple(r.reshape(size, -1, *r.shape[1:]) if len(r) else r.new_empty((size, *r.shape)) for r in results), (
-            0,
-        ) * 4
-    inputs = (x, centers, scale, log_weights, exclude)
+        results = call(rows.flatten(0, 1), centers, scale, log_weights, exclude, *options)
+        every = [r.reshape(size, -1, *r.shape[1:]) if len(r) else r.new_empty((size, *r.shape)) for r in results]
+        return tuple(every), (0,) * len(every)
     parts = [
-        call(_FORWARD, *(_example(t, dim, i) for t, dim in zip(inputs, in_dims[:5], strict=True)), mean, stats)
-        for i in range(size)
+        call(*(_example(t, dim, i) for t, dim in zip(inputs, in_dims[:5], strict=True)), *options) for i in range(size)
     ]
-    return tuple(torch.stack(each) for each in zip(*parts, strict=True)), (0,) * 4
+    return tuple(torch.stack(each) for each in zip(*parts, strict=True)), (0,) * len(parts[0])
 
 
 def _backward_batch(call, info, in_dims, *inputs):
@@ -219,4 +250,5 @@ def _backward_batch(call, info, in_dims, *inputs):
 
 
 register_gradient("log_mixture", _backward, _setup, _batch)
+register_gradient("log_mixture_with_score", _score_backward, _score_setup, _score_batch)
 register_gradient("log_mixture_backward", _double_backward, _backward_setup, _backward_batch)

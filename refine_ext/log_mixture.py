@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ._autograd import is_transformed
 from ._call import called
 from ._ops_log_mixture import ops
 from .arguments import values_readable
@@ -22,7 +23,7 @@ from .mixture_arguments import (
 )
 from .mixture_stream import StreamedMixture, blocks_of
 
-_OP = ops.log_mixture.default
+_OP, _OP_WITH_SCORE = ops.log_mixture.default, ops.log_mixture_with_score.default
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -66,8 +67,8 @@ def log_mixture(
     from the origin lose nothing, as they do in ``|x|^2 + |y|^2 - 2 x y``.
 
     First derivatives of L by x, centers, scale and weights come from one more fused pass (from 256 dimensions on, on
-    the CPU, weights p_j below 2^-80 are zero there); those of the mean, and second derivatives, from torch's operations
-    on blocks of rows.
+    the CPU, weights p_j below 2^-80 are zero there), on the CPU from the same one where only x needs a gradient; those
+    of the mean, and second derivatives, from torch's operations on blocks of rows.
 
     Args:
         x: ``[..., *shape]``, any number of leading dimensions; float64, float32, float16 or bfloat16, uint8 as
@@ -127,6 +128,7 @@ def log_mixture(
     exclude = None if leave_one_out is False else as_excluded(function, leave_one_out, batch, n, x.device)
     terms = as_log_weights(function, weights, log_weights, check)
 
+    result: tuple[Tensor, Tensor, Any, Any]
     if stream is not None:
         result = StreamedMixture(function, stream, scale, terms, normalized, check).apply(
             rows, exclude, return_mean, return_stats
@@ -154,7 +156,7 @@ def _whole(
     stats: bool,
     normalized: bool,
     check: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Any, Any]:
     n, shape = centers.shape[0], centers.shape[1:]
     device, dtype = x.device, x.dtype
     if device != centers.device:
@@ -179,14 +181,14 @@ def _whole(
             each = scale.log() if scale.dim() == 2 else d * scale.log().unsqueeze(1)
             each = -each.sum(1) - 0.5 * d * _LOG_2PI
             log_weights = each if log_weights is None else log_weights + each
-    every = (x, centers, scale, log_weights)
-    tracked = torch.is_grad_enabled() and (
-        x.requires_grad
-        or centers.requires_grad
-        or scale.requires_grad
-        or (log_weights is not None and log_weights.requires_grad)
-    )
-    value, posterior, numbers, top = called(function, _OP, tracked, *every, exclude, mean, stats)
+    every = (x, centers, scale, log_weights, exclude)
+    others = centers.requires_grad or scale.requires_grad or (log_weights is not None and log_weights.requires_grad)
+    tracked = torch.is_grad_enabled() and (x.requires_grad or others)
+    if tracked and not (others or mean or stats) and x.is_cpu and not is_transformed():
+        value, posterior = called(function, _OP_WITH_SCORE, tracked, *every)
+        numbers = top = None
+    else:
+        value, posterior, numbers, top = called(function, _OP, tracked, *every, mean, stats)
     if check:
         refuse_nan(function, value, x, centers, log_weights)
     if uniform:

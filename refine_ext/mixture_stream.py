@@ -14,7 +14,7 @@ from ._call import called
 from ._ops_log_mixture import ops
 from .mixture_arguments import as_array_tensor, as_scale, log_count, refuse_nan
 
-_OP = ops.log_mixture.default
+_OP, _OP_WITH_SCORE = ops.log_mixture.default, ops.log_mixture_with_score.default
 _BLOCK_BYTES = 64 << 20
 
 
@@ -92,11 +92,14 @@ class StreamedMixture:
         return self.pass_over(x.detach(), exclude, mean, stats)
 
     def pass_over(
-        self, x: Tensor, exclude: Tensor | None, want_mean: bool, want_stats: bool
+        self, x: Tensor, exclude: Tensor | None, want_mean: bool, want_stats: bool, want_score: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values, means or scores, statistics and the first centres of the largest weights."""
+        want_vectors = want_mean or want_score
         value = x.new_full((len(x),), -math.inf, dtype=torch.float64)
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean = x.new_full(x.shape if want_mean else (0, x.shape[1]), math.nan, dtype=torch.float64)
+        empty = math.nan if want_mean else 0.0  # of a row that no centre has a weight in
+        vectors = x.new_full(x.shape if want_vectors else (0, x.shape[1]), empty, dtype=torch.float64)
         largest, squares = value.clone(), value.clone()  # log max_j p_j and log sum_j p_j^2, times the sum
         top = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
         scale = as_scale(self.function, self.scale, (), 1, kind, x.device, self.check).reshape(())
@@ -109,14 +112,19 @@ class StreamedMixture:
             local = None
             if exclude is not None:
                 local = torch.where((exclude >= n) & (exclude < n + len(centers)), exclude - n, -1)
-            v, m, s, t = called(self.function, _OP, False, x, centers, scale, part, local, want_mean, want_stats)
+            inputs = (x, centers, scale, part, local)
+            if want_score:
+                v, m = called(self.function, _OP_WITH_SCORE, False, *inputs)
+            if want_stats or not want_score:
+                v, *means, s, t = called(self.function, _OP, False, *inputs, want_mean, want_stats)
+                m = m if want_score else means[0]
             if self.check:
                 refuse_nan(self.function, v, x, centers, part)
             total = torch.logaddexp(value, v)
-            if want_mean:
+            if want_vectors:
                 old, new = _share(value, total), _share(v, total)
-                mean = torch.where(old > 0, old * mean, 0.0) + torch.where(new > 0, new * m, 0.0)
-                mean = torch.where(total.unsqueeze(1) == -math.inf, math.nan, mean)
+                vectors = torch.where(old > 0, old * vectors, 0.0) + torch.where(new > 0, new * m, 0.0)
+                vectors = torch.where(total.unsqueeze(1) == -math.inf, empty, vectors)
             if want_stats:
                 candidate = torch.where(t >= 0, s[:, 0].log() + v, -math.inf)
                 later = candidate > largest
@@ -135,7 +143,7 @@ class StreamedMixture:
             value = value - x.shape[1] * (scale.double().log() + 0.5 * math.log(2 * math.pi))
         if self.log_weights is None:
             value = value - log_count(n, exclude)
-        return value, mean.to(kind), numbers, top if want_stats else top[:0]
+        return value, vectors.to(kind), numbers, top if want_stats else top[:0]
 
     def _weights_of(self, first: int, count: int, device: Any, dtype: torch.dtype, last: bool = False) -> Tensor | None:
         if self.log_weights is None:
@@ -154,20 +162,18 @@ def _share(part: Tensor, total: Tensor) -> Tensor:
 
 
 class _Streamed(torch.autograd.Function):
-    """The gradient by x is (mean - x) / s^2, for which the one pass over the blocks also makes the mean."""
+    """The one pass over the blocks also makes the gradient by x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stream: StreamedMixture, exclude: Tensor | None, stats: bool):
-        value, mean, numbers, top = stream.pass_over(x.detach(), exclude, True, stats)
-        ctx.save_for_backward(x, mean)
-        ctx.scale = stream.scale
+        value, score, numbers, top = stream.pass_over(x.detach(), exclude, False, stats, want_score=True)
+        ctx.save_for_backward(score)
+        ctx.dtype = x.dtype
         ctx.mark_non_differentiable(numbers, top)
-        return value, mean[:0], numbers, top
+        return value, score[:0], numbers, top
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any):
-        x, mean = ctx.saved_tensors
-        scale = ctx.scale.to(mean.device, mean.dtype) if isinstance(ctx.scale, Tensor) else ctx.scale
-        slope = (mean - x) / scale / scale
-        return (grad.to(slope.dtype).unsqueeze(1) * slope).to(x.dtype), None, None, None
+        (score,) = ctx.saved_tensors
+        return (grad.unsqueeze(1) * score).to(ctx.dtype), None, None, None

@@ -321,6 +321,7 @@ def _log_mixture(dtype: torch.dtype) -> Case:
                 grads = ops.log_mixture_backward(grad, value, x, centers, scale, weights, left_out, wanted)
                 yield from grads[: wanted.bit_count()]
                 yield ops.log_mixture(x, centers, scale, weights, left_out, False, False)[0]
+                yield from ops.log_mixture_with_score(x, centers, scale, weights, left_out)
 
     return Case(f"log_mixture-{short(dtype)}", inputs, call)
 

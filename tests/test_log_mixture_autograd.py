@@ -68,20 +68,6 @@ def test_gradient_is_that_of_the_reference(device):
             want[name].check(g, name)
 
 
-def test_slope_from_the_mean(device):
-    """(m - x) / s^2 where the mean is there: the same gradient as without it."""
-    for dtype in (torch.float64, torch.float32):
-        p = leaves(problem(40, 30, 7, "one", dtype), 1)
-        grad = torch.randn(40, dtype=torch.float64)
-        want = reference.gradients(p.reference, grad, p.scale)["x"]
-        for mean in (False, True):
-            (got,) = torch.autograd.grad(ops.log_mixture(*p, mean, False)[0], p.x, grad)
-            # The mean is rounded, which its difference from x is not.
-            rounding = 2 * reference.STORAGE_ROUNDING[dtype] * abs(reference.numbers(p.x)).max() / float(p.scale) ** 2
-            allowed = want.allowed + mean * rounding * abs(reference.numbers(grad))[:, None]
-            reference.Bounded(want.want, allowed).check(got, mean)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_order_in_float32(kind, device):
     """Hessian products and gradients of the mean, of every choice of inputs, against float64's."""

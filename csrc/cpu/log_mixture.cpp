@@ -11,7 +11,13 @@
 #include "parallel.h"
 #include "scratch.h"
 
+#define REFINE_EXT_ISA isa_baseline
+#include "log_mixture_row_gradient.h"
+
 namespace refine_ext {
+
+using isa_baseline::RowGradient;
+using isa_baseline::write_score;
 
 REFINE_EXT_KERNEL_TABLE(LogMixtureKernels, log_mixture_kernels)
 
@@ -31,9 +37,11 @@ class Forward {
       : p_(problem),
         in_(problem.in),
         kernels_(kernels),
-        plan_(kernels.plan(in_, problem.mean)),
+        vectors_(problem.mean || problem.score),
+        plan_(kernels.plan(in_, vectors_)),
         chunks_((in_.n + plan_.chunk_centers - 1) / plan_.chunk_centers),
-        mean_columns_(problem.mean ? in_.d : 0) {}
+        mean_columns_(vectors_ ? in_.d : 0),
+        gradient_(in_) {}
 
   void run() const {
     const int64_t units = (in_.m + kUnit - 1) / kUnit, threads = num_threads();
@@ -61,7 +69,7 @@ class Forward {
   void for_rows(int64_t most, int64_t threads) const {
     most = std::min(most, in_.m);
     share((in_.m + most - 1) / most, threads, [&](const auto& next) {
-      const Scratch<char> memory(kernels_.memory_bytes(in_, plan_, most, p_.mean));
+      const Scratch<char> memory(kernels_.memory_bytes(in_, plan_, most, vectors_));
       const Sums total(most, mean_columns_), part(chunks_ > 1 ? most : 0, mean_columns_);
       for (int64_t block; (block = next()) >= 0;) {
         const int64_t first = block * most, rows = std::min(most, in_.m - first);
@@ -84,7 +92,7 @@ class Forward {
     for (int64_t c = 0; c < chunks_; c += wave) {
       const int64_t count = std::min(wave, chunks_ - c);
       parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        const Scratch<char> memory(kernels_.memory_bytes(in_, plan_, rows, p_.mean));
+        const Scratch<char> memory(kernels_.memory_bytes(in_, plan_, rows, vectors_));
         for (int64_t w = begin; w < end; ++w) {
           add(first, rows, c + w, c + w == 0 ? total : *sums[w], memory.data());
         }
@@ -97,7 +105,7 @@ class Forward {
   void add(int64_t first_row, int64_t rows, int64_t c, const Sums& to, char* memory) const {
     const int64_t first = c * plan_.chunk_centers, centers = std::min(plan_.chunk_centers, in_.n - first);
     kernels_.add({in_, plan_, first_row, rows, first, centers, p_.stats != nullptr, to.states.data(),
-                  p_.mean ? to.means.data() : nullptr, memory});
+                  vectors_ ? to.means.data() : nullptr, p_.score != nullptr, memory});
   }
 
   void merge(const Sums& part, int64_t rows, const Sums& total) const {
@@ -123,8 +131,10 @@ class Forward {
         p_.stats[2 * row + 1] = mixture_effective(state);
         p_.top[row] = state.index;
       }
-      for (int64_t k = 0; k < mean_columns_; ++k) {
-        const double mean = total.means.data()[i * mean_columns_ + k] / state.sum;
+      const double* sums = total.means.data() + i * mean_columns_;
+      if (p_.score) write_score(p_, gradient_, row, state.sum, sums);
+      for (int64_t k = 0; p_.mean && k < in_.d; ++k) {
+        const double mean = sums[k] / state.sum;
         if (in_.storage == Storage::float64) {
           static_cast<double*>(p_.mean)[row * in_.d + k] = mean;
         } else {
@@ -137,8 +147,10 @@ class Forward {
   const LogMixtureProblem& p_;
   const MixtureInputs& in_;
   const LogMixtureKernels& kernels_;
+  const bool vectors_;
   const MixturePlan plan_;
   const int64_t chunks_, mean_columns_;
+  const RowGradient gradient_;
 };
 
 }  // namespace

@@ -24,8 +24,11 @@ struct MixtureChunk {
   int64_t first_center, centers;
   bool stats;            // squares, largest and index too
   MixtureState* states;  // [rows], results
-  double* mean;          // [rows, d], sum_j 2^(t_j - reference) y_j, or nullptr
-  char* memory;          // of memory_bytes(in, plan, rows, mean) or more, aligned to 64 bytes
+  // [rows, d], sum_j 2^(t_j - reference) y_j, or nullptr. For the score of x - y_j instead, times log2(e) /
+  // (2 s_j^2) unless all centres share one scale.
+  double* mean;
+  bool score;
+  char* memory;  // of memory_bytes(in, plan, rows, mean) or more, aligned to 64 bytes
 };
 
 struct LogMixtureKernels {

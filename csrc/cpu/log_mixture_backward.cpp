@@ -201,13 +201,29 @@ void add_far_rows(const LogMixtureBackwardProblem& p, const std::vector<int64_t>
   add(static_cast<C*>(p.grad_log_weights), weights);
 }
 
+std::vector<int64_t> far_rows(const double* value, int64_t m) {
+  std::vector<int64_t> far;
+  for (int64_t i = 0; i < m; ++i) {
+    if (std::isfinite(value[i]) && std::abs(value[i]) > kLargestValue) far.push_back(i);
+  }
+  return far;
+}
+
 }  // namespace
 
+void mend_far_scores_cpu(const LogMixtureProblem& problem) {
+  const std::vector<int64_t> far = far_rows(problem.value, problem.in.m);
+  if (far.empty()) return;
+  LogMixtureBackwardProblem gradient{};
+  gradient.in = problem.in;
+  const std::vector<double> ones(problem.in.m, 1.0);
+  gradient.grad = ones.data();
+  gradient.grad_x = problem.score;
+  with_storage(problem.in.storage, [&](auto tag) { add_far_rows<decltype(tag)>(gradient, far); });
+}
+
 void log_mixture_backward_cpu(const LogMixtureBackwardProblem& all) {
-  std::vector<int64_t> far;
-  for (int64_t i = 0; i < all.in.m; ++i) {
-    if (std::isfinite(all.value[i]) && std::abs(all.value[i]) > kLargestValue) far.push_back(i);
-  }
+  const std::vector<int64_t> far = far_rows(all.value, all.in.m);
   LogMixtureBackwardProblem problem = all;
   std::vector<double> grad, value;
   if (!far.empty()) {

@@ -19,6 +19,8 @@
 namespace refine_ext {
 
 void log_mixture_backward_cpu(const LogMixtureBackwardProblem& problem);
+// Of a problem that is solved, the scores of the rows whose exponents float32, or float64, does not hold.
+void mend_far_scores_cpu(const LogMixtureProblem& problem);
 
 struct MixtureBackwardPlan {
   LogMixtureBackwardProblem problem;

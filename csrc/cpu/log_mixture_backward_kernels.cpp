@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "log_mixture_backward.h"
+#include "log_mixture_row_gradient.h"
 #include "log_mixture_tile.h"
 #include "parallel.h"
 
@@ -346,23 +347,10 @@ void finish(const MixtureBackwardPlan& plan, int64_t row_block, void* scratch) {
   const MixtureInputs& in = plan.problem.in;
   const int64_t first = row_block * plan.rows, rows = at.rows_of(row_block), d = at.d;
   T* out = static_cast<T*>(plan.problem.grad_x);
-  const bool shared = in.scale_kind == MixtureScale::shared;
-  // In two steps, neither of which is infinite where the scale's square is zero.
-  const double most = std::numeric_limits<double>::max();
-  const double inverse = shared ? std::min(1 / compute_at(in, in.scale, 0), most) : 1.0;
+  const RowGradient gradient(in);
   for (int64_t r = 0; out && r < rows; ++r) {
     const double grad = at.over_rows ? 1.0 : plan.problem.grad[first + r];
-    const double factor = -grad * (shared ? inverse : 2 * kLn2);
-    const double* sums = at.total + r / kRows * d * kRows + r % kRows;
-    T* to = out + (first + r) * d;
-    for (int64_t k = 0; k < d; ++k) {
-      const double value = factor * sums[k * kRows] * inverse;
-      if constexpr (sizeof(T) == 8) {
-        to[k] = value;
-      } else {
-        to[k] = encode<T>(static_cast<float>(value));
-      }
-    }
+    gradient.write(out + (first + r) * d, grad, at.total + r / kRows * d * kRows + r % kRows, kRows);
   }
 }
 

@@ -164,8 +164,8 @@ void add_chunk(const MixtureChunk& chunk) {
       const FlushSubnormals flushing;
       count = batch.kTiles;
       for (int64_t l = 0; l < chunk.rows; ++l) {
-        add_batch<S>({in, nullptr, count, c, false, group.rows, *group.lanes, nullptr, nullptr}, batch, l,
-                     layout.tiles);
+        add_batch<S>({in, nullptr, count, c, false, group.rows, *group.lanes, nullptr, nullptr, false}, batch,
+                     l, layout.tiles);
       }
       continue;
     }
@@ -180,8 +180,8 @@ void add_chunk(const MixtureChunk& chunk) {
     const FlushSubnormals flushing;
     for (int64_t g = 0; g < layout.groups; ++g) {
       const Group<S> group(layout, groups, g);
-      (vectors_of(g) == 2 ? two : one)(
-          {in, tiles, count, c, chunk.stats, group.rows, *group.lanes, group.mean, group.wide_mean});
+      (vectors_of(g) == 2 ? two : one)({in, tiles, count, c, chunk.stats, group.rows, *group.lanes,
+                                        group.mean, group.wide_mean, chunk.score});
       for (int64_t e = 0; flush && e < layout.mean_values; e += kWidth) {
         add_wide(group.wide_mean + e, Vec<S>::load(group.mean + e));
         Vec<S>::splat(0).store(group.mean + e);

@@ -71,6 +71,7 @@ struct MixturePiece {
   RowSums<S>& lanes;
   S* mean;            // [d][lanes] sum_j 2^(t_j - r) y_j of the last few hundred centres, or null
   double* wide_mean;  // of those before
+  bool score;         // of x - y_j instead (log_mixture.h)
 };
 
 // What a tile adds to one vector of rows.
@@ -192,6 +193,44 @@ REFINE_EXT_INLINE void add_mean(const MixturePiece<S>& piece, const S* values,
   }
 }
 
+template <bool kScaled, class S, int kVectors>
+REFINE_EXT_INLINE void add_score(const MixturePiece<S>& piece, const CenterTile<S>& tile,
+                                 const TileWeights<S, true> (&parts)[kVectors]) {
+  using V = Vec<S>;
+  constexpr int kCenters = MixtureTile<S>::kCenters, kWidth = V::kWidth;
+  V all = parts[0].sum;
+  for (int v = 1; v < kVectors; ++v) all = all + parts[v].sum;
+  if (!any(all != V::splat(0))) return;
+  V weights[kVectors][kCenters];
+  const bool each = piece.in.scale_kind == MixtureScale::per_center;
+#pragma GCC unroll 8
+  for (int j = 0; j < kCenters; ++j) {
+    const V slope = V::splat(each ? tile.slope[j] : S(1));
+#pragma GCC unroll 4
+    for (int r = 0; r < kVectors; ++r) weights[r][j] = parts[r].weights[j] * slope;
+  }
+  for (int64_t k = 0; k < piece.in.d; ++k) {
+    V sum[kVectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < kVectors; ++r) sum[r] = V::load(piece.mean + (k * kVectors + r) * kWidth);
+#pragma GCC unroll 8
+    for (int j = 0; j < kCenters; ++j) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kVectors; ++r) {
+        V z = minus_broadcast(V::load(piece.rows + (k * kVectors + r) * kWidth),
+                              tile.values + k * kCenters + j);
+        if constexpr (kScaled) {
+          const V inverse = V::splat(tile.inverse[k * kCenters + j]);
+          z = rounded_product(rounded_product(z, inverse), inverse);
+        }
+        sum[r] = multiply_add(weights[r][j], z, sum[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kVectors; ++r) sum[r].store(piece.mean + (k * kVectors + r) * kWidth);
+  }
+}
+
 // kDims: d where it is known, or 0; kScaled: scales per dimension; kKeep: weights are kept for what is asked
 // beside the value.
 template <class S, int kDims, bool kScaled, int kVectors, bool kKeep>
@@ -249,7 +288,11 @@ void add_piece(const MixturePiece<S>& piece) {
     }
     if constexpr (kKeep) {
       if (piece.stats) add_stats<S, kVectors>(piece, tile, center, distance, parts, squares);
-      if (piece.mean) add_mean<S, kVectors>(piece, tile.values, parts);
+      if (piece.score) {
+        add_score<kScaled, S, kVectors>(piece, tile, parts);
+      } else if (piece.mean) {
+        add_mean<S, kVectors>(piece, tile.values, parts);
+      }
     }
   }
   for (int r = 0; r < kVectors; ++r) {

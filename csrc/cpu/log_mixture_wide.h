@@ -3,7 +3,7 @@
 // A squared distance is summed with the dimensions in the lanes, so that it depends on its row and centre
 // alone, whichever tile or list it was met in. Centres are taken in chunks of kChunk. Of a chunk, a row
 // counts the centres whose exponent is within `span` of the row's largest there; the others are below 2^-26
-// together.
+// together, or for gradients 2^-80, so that they may be those of a row that lies on a centre.
 //
 // Where that leaves few, most distances need not be known: products of x - c and y - c, rounded to 8 or 11
 // bits (c: a mean of the centres), bound every exponent from above and below, and only the distances of the
@@ -12,7 +12,8 @@
 // Memory beside inputs and results: float32 copies of x's and the centres' rows where they are not float32 of
 // a multiple of kPadding dimensions, 16 bytes a centre, and where distances are screened a centre's rounded
 // values, of one or two bytes, and 24 bytes; for each thread and each of kRowBlock rows 4 kChunk bytes, where
-// distances are screened twice that, and for means 8 kChunk and 16 a dimension more.
+// distances are screened twice that, and for means or scores 8 kChunk and 16 a dimension more; for scores 2 KB
+// and 8 a dimension besides.
 #pragma once
 
 #include "../math/log_mixture_problem.h"
@@ -21,6 +22,7 @@ namespace refine_ext {
 
 inline constexpr int64_t kChunk = 4096;
 inline constexpr int64_t kRowBlock = 64;
+inline constexpr double kValueSpan = 26.0, kGradientSpan = 80.0;
 inline constexpr int64_t kPadding = 16;  // rows of float32 are padded with zeros to a multiple of it
 
 // All centres, and what their exponents t_j = log2_weight_j - rate_j |x - y_j|^2 are made of.
@@ -29,7 +31,7 @@ struct WideCenters {
   int64_t stride, n;
   const double* rate;         // [n] log2(e) / (2 s_j^2)
   const double* log2_weight;  // [n]
-  double span;
+  double span;                // kValueSpan or kGradientSpan, and log2(n)
   REFINE_EXT_INLINE const float* row(int64_t j) const { return values + j * stride; }
 };
 

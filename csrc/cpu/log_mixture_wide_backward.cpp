@@ -13,18 +13,18 @@
 #include "log_mixture_wide_pairs.h"
 
 #define REFINE_EXT_ISA isa_baseline
-#include "simd_storage.h"
+#include "log_mixture_row_gradient.h"
 
 namespace refine_ext {
 
 REFINE_EXT_KERNEL_TABLE(WideGradientKernels, wide_gradient_kernels)
 
+const WideGradientKernels& wide_gradient_kernels_of_cpu() { return wide_gradient_kernels_table(); }
+
 namespace {
 
 // Blocks of as many as a float32 sum takes well.
 constexpr int64_t kBlockRows = 256, kBlockCenters = 512;
-// Weights of less than 2^-80 are zero.
-constexpr double kSpan = 80.0;
 static_assert(kBlockRows % kRowBlock == 0 && kRowBlock % kGradientRows == 0);
 
 class WideBlocks {
@@ -84,7 +84,7 @@ class WideBlocks {
         continue;
       }
       const double log2_value = kLog2E * value;
-      least[count] = log2_value - kSpan;
+      least[count] = log2_value - kGradientSpan;
       row[count] = {log2_value, plan_.over_rows() ? grad : 1.0, least[count]};
       rows[count++] = i;
     }
@@ -127,16 +127,10 @@ class WideBlocks {
 
   template <class T>
   void write(T* out, int64_t begin, int64_t rows) const {
-    const bool shared = in_.scale_kind == MixtureScale::shared;
-    const double inverse = shared ? 1.0 / *static_cast<const float*>(in_.scale) : 1.0;
+    const isa_baseline::RowGradient gradient(in_);
     for (int64_t r = 0; r < rows; ++r) {
       const double grad = plan_.over_rows() ? 1.0 : plan_.problem.grad[begin + r];
-      // 1 / s^2, of which a centre's own is in the sums already, as log2(e) / (2 s^2).
-      const double factor = -grad * (shared ? inverse * inverse : 2 * kLn2);
-      const double* from = total_.data() + r * stride_;
-      T* to = out + (begin + r) * in_.d;
-      for (int64_t k = 0; k < in_.d; ++k)
-        to[k] = isa_baseline::encode<T>(static_cast<float>(factor * from[k]));
+      gradient.write(out + (begin + r) * in_.d, grad, total_.data() + r * stride_);
     }
   }
 

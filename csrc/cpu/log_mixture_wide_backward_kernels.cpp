@@ -88,6 +88,70 @@ void add_tile(const float* x, float* x_sums, const float* const* y, float* const
   }
 }
 
+// Where the rows alone have sums, these stay in registers while some centres pass, in L1 for all the rows.
+constexpr int kRowParts = kTile == 4 ? 3 : 2;
+constexpr int64_t kRowCenters = 128;
+
+// kParts vectors of the sums of a tile's rows. w: the weights of its first pair of tiles, those of the next
+// centres `step` further on.
+template <int kParts>
+void add_to_rows(const float* x, float* sums, int64_t stride, const float* const* y, int64_t count, int64_t k,
+                 const float* w, int64_t step, int64_t ahead) {
+  V row[kTile][kParts], sum[kTile][kParts];
+#pragma GCC unroll 4
+  for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      row[r][p] = V::load(x + r * stride + k + p * kWidth);
+      sum[r][p] = V::load(sums + r * stride + k + p * kWidth);
+    }
+  }
+  for (int64_t c = 0; c < count; c += kTile, w += step) {
+#pragma GCC unroll 4
+    for (int e = 0; e < kTile; ++e) {
+      __builtin_prefetch(y[c + e] + ahead);
+      V weight[kTile];
+#pragma GCC unroll 4
+      for (int r = 0; r < kTile; ++r) weight[r] = V::splat(w[r * kTile + e]);
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) {
+        const V center = V::load(y[c + e] + k + p * kWidth);
+#pragma GCC unroll 4
+        for (int r = 0; r < kTile; ++r) sum[r][p] = weight[r] * (row[r][p] - center) + sum[r][p];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) sum[r][p].store(sums + r * stride + k + p * kWidth);
+  }
+}
+
+// All sums of rows [begin, begin + tiles * kTile) and the centres in index[0, count), from packed weights.
+void add_to_all_rows(const WideSums& task, int64_t begin, int64_t tiles, int64_t count) {
+  const int64_t stride = task.centers.stride, step = tiles * kTile * kTile;
+  const float* y[kRowCenters];
+  for (int64_t first = 0; first < count; first += kRowCenters) {
+    const int64_t some = std::min(kRowCenters, count - first);
+    for (int64_t c = 0; c < some; ++c) {
+      const int32_t j = task.index[first + c];
+      y[c] = task.centers.row(task.first + (j < 0 ? task.index[first] : j));
+    }
+    for (int64_t k = 0; k < stride;) {
+      const bool whole = k + kRowParts * kWidth <= stride;
+      const auto add = whole ? add_to_rows<kRowParts> : add_to_rows<1>;
+      for (int64_t r = 0; r < tiles; ++r) {
+        const int64_t at = (begin + r * kTile) * stride;
+        add(task.x + at, task.row_sums + at, stride, y, some, k,
+            task.packed + first / kTile * step + r * kTile * kTile, step,
+            std::min(k + (kRowParts + r % kRowParts) * kWidth, stride - kWidth));
+      }
+      k += whole ? kRowParts * kWidth : kWidth;
+    }
+  }
+}
+
 // Rows [begin, begin + rows) and the centres in index[0, count), in steps of `dimensions`.
 template <bool kX, bool kY>
 void add_rows(const WideSums& task, int64_t begin, int64_t rows, int64_t count, int64_t dimensions) {
@@ -105,6 +169,7 @@ void add_rows(const WideSums& task, int64_t begin, int64_t rows, int64_t count, 
       }
     }
   }
+  if constexpr (!kY) return add_to_all_rows(task, begin, row_tiles, count);
   for (int64_t k = 0; k < stride; k += dimensions) {
     const float* w = task.packed;
     for (int64_t c = 0; c < count; c += kTile) {

@@ -95,7 +95,7 @@ class WideScreen {
   bool known_ = true;
 };
 
-WidePairs::WidePairs(const MixtureInputs& in)
+WidePairs::WidePairs(const MixtureInputs& in, double span)
     : in_(in),
       x_(in.x, in.storage, in.m, in.d),
       y_(in.centers, in.storage, in.n, in.d),
@@ -109,7 +109,7 @@ WidePairs::WidePairs(const MixtureInputs& in)
     log2_weight_[j] = weight ? kLog2E * weight[j] : 0.0;
   }
   centers_ = {y_.row(0),    y_.stride(),         in.n,
-              rate_.data(), log2_weight_.data(), 26.0 + std::log2(static_cast<double>(in.n))};
+              rate_.data(), log2_weight_.data(), span + std::log2(static_cast<double>(in.n))};
   if (worth_screening()) {
     screen_ = std::make_unique<WideScreen>(centers_, in.d);
     if (!screen_->known()) screen_.reset();

@@ -11,6 +11,7 @@
 namespace refine_ext {
 
 const WideKernels& wide_kernels_of_cpu();
+const WideGradientKernels& wide_gradient_kernels_of_cpu();
 
 // Rows of float32, each padded with zeros to `stride`.
 class WideRows {
@@ -40,7 +41,8 @@ class WideScreen;
 
 class WidePairs {
  public:
-  explicit WidePairs(const MixtureInputs& in);
+  // The span counts where `visit` is given none.
+  explicit WidePairs(const MixtureInputs& in, double span = kValueSpan);
   ~WidePairs();
 
   const WideCenters& centers() const { return centers_; }

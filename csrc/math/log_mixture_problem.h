@@ -27,6 +27,8 @@ struct LogMixtureProblem {
   void* mean;     // [m, d] sum_j p_j y_j in the compute type, or nullptr
   double* stats;  // [m, 2] largest p_j and 1 / sum_j p_j^2, or nullptr
   int64_t* top;   // [m] the first j of the largest p_j, -1 where none has a weight; nullptr with stats
+  // [m, d] the value's gradient by x, in `storage`, or nullptr. On the CPU alone, not with the mean.
+  void* score = nullptr;
 };
 
 // Gradients of sum_i grad_i L_i; nullptr for what is not wanted.

@@ -80,6 +80,10 @@ STABLE_TORCH_LIBRARY(REFINE_EXT_LIBRARY, m) {
       "log_mixture(Tensor x, Tensor centers, Tensor scale, Tensor? log_weights, Tensor? exclude, bool mean, "
       "bool stats)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  // value, and its gradient by x in x's dtype; on the CPU in one pass.
+  m.def(
+      "log_mixture_with_score(Tensor x, Tensor centers, Tensor scale, Tensor? log_weights, Tensor? exclude)"
+      " -> (Tensor, Tensor)");
   // Of x, centers, scale, log_weights where `wanted` has bits 1, 2, 4, 8; else empty.
   m.def(
       "log_mixture_backward(Tensor grad, Tensor value, Tensor x, Tensor centers, Tensor scale, Tensor? "

@@ -18,6 +18,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_mixture(const Tensor& x, const Te
   return {out.value, out.mean, out.stats, out.top};
 }
 
+std::tuple<Tensor, Tensor> log_mixture_with_score(const Tensor& x, const Tensor& centers, const Tensor& scale,
+                                                  std::optional<Tensor> log_weights,
+                                                  std::optional<Tensor> exclude) {
+  const Inputs in = checked_inputs(x, centers, scale, log_weights, exclude, "log_mixture_with_score");
+  Results out = allocate_results(in, false, false);
+  const Tensor score = allocate_like(in.x);
+  out.problem.score = score.mutable_data_ptr();
+  log_mixture_cpu(out.problem);
+  mend_far_scores_cpu(out.problem);
+  return {out.value, score};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> log_mixture_backward(
     const Tensor& grad_in, const Tensor& value_in, const Tensor& x, const Tensor& centers,
     const Tensor& scale, std::optional<Tensor> log_weights, std::optional<Tensor> exclude, int64_t wanted) {
@@ -33,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_mixture_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(refine_ext, CPU, m) {
   m.impl("log_mixture", TORCH_BOX(&log_mixture));
+  m.impl("log_mixture_with_score", TORCH_BOX(&log_mixture_with_score));
   m.impl("log_mixture_backward", TORCH_BOX(&log_mixture_backward));
 }
 

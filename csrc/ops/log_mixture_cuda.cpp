@@ -45,10 +45,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_mixture_backward(
   return {out.x, out.centers, out.scale, out.log_weights};
 }
 
+// In two passes.
+std::tuple<Tensor, Tensor> log_mixture_with_score(const Tensor& x, const Tensor& centers, const Tensor& scale,
+                                                  std::optional<Tensor> log_weights,
+                                                  std::optional<Tensor> exclude) {
+  const Tensor value = std::get<0>(log_mixture(x, centers, scale, log_weights, exclude, false, false));
+  Tensor ones = allocate_like(value);
+  torch::stable::fill_(ones, 1.0);
+  return {value,
+          std::get<0>(log_mixture_backward(ones, value, x, centers, scale, log_weights, exclude, kWantX))};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(REFINE_EXT_LIBRARY, REFINE_EXT_CUDA_KEY, m) {
   m.impl("log_mixture", TORCH_BOX(&log_mixture));
+  m.impl("log_mixture_with_score", TORCH_BOX(&log_mixture_with_score));
   m.impl("log_mixture_backward", TORCH_BOX(&log_mixture_backward));
 }
 
