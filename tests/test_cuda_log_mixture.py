@@ -280,6 +280,37 @@ def test_a_row_at_infinity_has_no_weight(where, d, dtype):
 
 
 @everywhere
+@pytest.mark.parametrize("dtype", [f64, f32], ids=str)
+@pytest.mark.parametrize("d", [2, pytest.param(6, marks=sanitized), 66])
+def test_a_center_at_infinity_has_no_weight(where, d, dtype):
+    """Nor a part in any mean or gradient but its own, which is zero; not even of a row that is there too."""
+    for kind in ("shared", "per_center", "per_dimension"):
+        x, centers, scale, log_weights, exclude = problem(40, 30, d, dtype, kind, True, True)
+        centers[0, 0], centers[7, 1], centers[29] = math.inf, -math.inf, math.inf
+        exclude[:3] = torch.tensor([0, 7, -1])
+        check(where, (x, centers, scale, log_weights, exclude))
+        x[2, 1], x[5] = -math.inf, math.inf
+        check(where, (x, centers, scale, None, exclude))
+
+
+@everywhere
+@pytest.mark.parametrize("d", [2, 6, 66])
+def test_a_center_of_nan_makes_nan(where, d):
+    """In the places where it does on the CPU: all that it counts for."""
+    x, centers, scale, log_weights, exclude = problem(40, 30, d, f32, "shared", True, True)
+    centers[4, 1], exclude[:3] = math.nan, torch.tensor([4, -1, 3])
+    value, mean, stats, _ = run(where, "log_mixture", x, centers, scale, log_weights, exclude, True, True)
+    want = cpu.log_mixture(x, centers, scale, log_weights, exclude, True, True)
+    for one, other in zip((value, mean, stats), want, strict=False):
+        assert torch.equal(one.isnan(), other.isnan())
+    grad = torch.randn(40, dtype=f64)
+    grads = run(where, "log_mixture_backward", grad, value, x, centers, scale, log_weights, exclude, 15)
+    wants = cpu.log_mixture_backward(grad, want[0], x, centers, scale, log_weights, exclude, 15)
+    for one, other in zip(grads, wants, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@everywhere
 def test_nothing(where):
     for d in (2, 6):
         x, centers, scale, *_ = problem(0, 7, d, f32, "shared", False, False)

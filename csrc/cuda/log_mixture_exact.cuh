@@ -23,9 +23,9 @@ __device__ __forceinline__ double exact_exponent(const MixtureInputs& in, int64_
   double scale = per_dimension ? 1.0 : scale_of<double>(in, j);
   for (int64_t k = 0; k < in.d; ++k) {
     if (per_dimension) scale = compute_element<double>(in.scale, in.storage, j * in.d + k);
-    const double z = (element<double>(in.x, in.storage, row * in.d + k) -
-                      element<double>(in.centers, in.storage, j * in.d + k)) /
-                     scale;
+    // An infinite distance, from a row at infinity too.
+    const double y = finite_or(element<double>(in.centers, in.storage, j * in.d + k), kFar<double>);
+    const double z = (element<double>(in.x, in.storage, row * in.d + k) - y) / scale;
     sum += z * z;
   }
   return log2_weight_of<double>(in, j) - 0.5 * kLog2E * sum;

@@ -9,6 +9,8 @@
 namespace refine_ext::cuda {
 
 inline constexpr int kGradientStage = 256;  // of the other side, in shared memory
+// From here on squared distances may overflow; pairs with such coordinates are special where they are needed.
+inline constexpr float kWide = 1152921504606846976.0f;  // 2^60
 
 struct GradientTask {
   MixtureInputs in;
@@ -68,13 +70,19 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
   const C shared = shared_slope<C>(in);
 
   C own[kD][kOwn], high[kOwn], low[kOwn], slope[kOwn], weight[kOwn];
-  unsigned coarse = 0;
+  unsigned careful = 0;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int64_t o = first_owner + mine.row(i);
     const bool exists = o < owners;
 #pragma unroll
-    for (int k = 0; k < kD; ++k) own[k][i] = exists ? element<C>(owner_data, in.storage, o * kD + k) : C(0);
+    for (int k = 0; k < kD; ++k) {
+      own[k][i] = exists ? element<C>(owner_data, in.storage, o * kD + k) : C(0);
+      if constexpr (kCenters) {
+        own[k][i] = finite_or(own[k][i], kFar<C>);
+        careful |= ::fabs(own[k][i]) < kWide ? 0u : 1u << i;
+      }
+    }
     high[i] = low[i] = slope[i] = weight[i] = C(0);
     if (!exists) continue;
     if constexpr (kCenters) {
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
       weight[i] = log2_weight_of<C>(in, o);
     } else {
       task.rows.parts(o, high[i], low[i]);
-      coarse |= is_coarse(high[i]) ? 1u << i : 0u;
+      careful |= is_coarse(high[i]) ? 1u << i : 0u;
     }
   }
 
@@ -111,8 +119,10 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
         // Nothing of a row whose gradient is zero, NaN neither.
         if (kCenters && exists) exists = task.rows.grad[other] != 0.0;
 #pragma unroll
-        for (int k = 0; k < kD; ++k)
+        for (int k = 0; k < kD; ++k) {
           others[k][o] = exists ? element<C>(other_data, in.storage, other * kD + k) : C(0);
+          if constexpr (!kCenters) others[k][o] = finite_or(others[k][o], kFar<C>);
+        }
         if constexpr (kCenters) {
           highs[o] = -kInfinity<C>;
           lows[o] = grads[o] = C(0);
@@ -124,7 +134,10 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
           lows[o] = row_low;
           grads[o] = task.rows.gradient<C>(other);
           const int64_t place = (in.exclude ? in.exclude[other] : int64_t{-1}) - first_owner;
-          specials[o] = is_coarse(row_high) || (place >= 0 && place < Tile::kRows);
+          bool special = is_coarse(row_high) || (place >= 0 && place < Tile::kRows);
+#pragma unroll
+          for (int k = 0; k < kD; ++k) special |= !(::fabs(others[k][o]) < kWide);
+          specials[o] = special;
         }
       }
       __syncthreads();
@@ -145,7 +158,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
 #pragma unroll 1
       for (int step = 0; step < here; step += kColumns) {
         C y[kD][kOwn], first_of[kOwn], second_of[kOwn], third_of[kOwn];
-        unsigned special = coarse | (here - step < kColumns ? 1u : 0u);
+        unsigned special = careful | (here - step < kColumns ? 1u : 0u);
         if (near) special |= excluding(first + step, kColumns);
 #pragma unroll
         for (int c = 0; c < kOwn; ++c) {
@@ -192,7 +205,8 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
 #pragma unroll
               for (int k = 0; k < kD; ++k) sums[k][i] = fused(a, z[k], sums[k][i]);
               if constexpr (kCenters) {
-                sums[kD][i] = fused(a, q, sums[kD][i]);
+                const C square = decltype(is_special)::value && a == C(0) ? C(0) : q;
+                sums[kD][i] = fused(a, square, sums[kD][i]);
                 sums[kD + 1][i] += a;
               }
             }

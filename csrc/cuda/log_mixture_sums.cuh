@@ -92,9 +92,9 @@ struct SumsOfDifferences {
 };
 
 // For each row sum_j a_ij f_j (y_j - o_i), with o = x and f = 1 / s^2 for gradients, or o = y_0 and f = 1 for
-// means (of which a weight's error then only takes its share of the data's width). For each centre (kCenters)
-// sum_i a_ij (x_i - y_j), and the squares.
-// budget: registers 160 (float32 240, float64 centers 200, float32 centers 256, float64 dims 168, float32
+// means (of which a weight's error then only takes its share of the data's width), 0 where y_0 is infinite.
+// For each centre (kCenters) sum_i a_ij (x_i - y_j), and the squares. budget: registers 160 (float32 240,
+// float64 centers 200, float32 centers 256, float64 dims 168, float32
 //     dims 248, float64 centers dims 200, float32 centers dims 256), shared 12800 (float64 dims 17152,
 //     float32 dims 17152, float64 centers dims 12800, float32 centers dims 12800), occupancy 18% (float32
 //     12%, float64 centers 12%)
@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
       const int64_t k = k0 + mine.column(c), o = mean ? 0 : first_owner + local + mine.row(i);
       const bool exists = k < in.d && local + mine.row(i) < owners;
       own[i][c] = exists ? element<T>(owner_data, in.storage, o * in.d + k) : T(0);
+      if (kCenters || mean) own[i][c] = finite_or(own[i][c], T(0));
       sums[i][c] = T(0);
       if constexpr (kCenters) squares[i][c] = T(0);
     }
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
       // Nothing of a row whose gradient is zero, NaN neither.
       if (kCenters && exists) exists = grad[first_other + first + other] != 0.0;
       const int64_t at = (first_other + first + other) * in.d + k0 + column;
-      others[other][column] = exists ? element<T>(other_data, in.storage, at) : T(0);
+      const T value = exists ? element<T>(other_data, in.storage, at) : T(0);
+      others[other][column] = kCenters ? value : finite_or(value, T(0));
       if constexpr (kFactors) {
         const T scale = exists && !mean ? compute_element<T>(in.scale, in.storage, at) : T(1);
         factors[other][column] = T(1) / scale / scale;
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(kMixtureThreads)
   if (grad) {
     if (grad[row] == 0.0) result = 0.0;
   } else {
-    result += element<double>(in.centers, in.storage, e % in.d);
+    result += finite_or(element<double>(in.centers, in.storage, e % in.d), 0.0);
     // No centre has a weight.
     if (value[row] == -kInfinity<double>) result = std::numeric_limits<double>::quiet_NaN();
   }
