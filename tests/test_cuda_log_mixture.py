@@ -180,6 +180,34 @@ def test_products(where, offset, monkeypatch):
 
 
 @everywhere
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("d", [pytest.param(64, marks=sanitized), 97, 160])
+def test_means_of_products(where, d, offset):
+    """Of many dimensions means are sums of products: to float32's accuracy of the data's width, wherever they are.
+
+    With equal weights and with one, which are exact, so that the sums' error is all there is: less than 2^-20 of the
+    sum of their absolute terms, and a rounding of what is stored. Some centres are far away, and have no weight.
+    """
+    x, centers, scale, log_weights, _ = problem(130, 300, d, f32, "per_center", True, False)
+    check(where, (x, centers, scale, log_weights, torch.randint(-1, 300, (130,))), stats=False, wanted=0)
+    x, centers = x + offset, centers + offset
+    middle = centers.double().mean(0)
+    far = torch.cat([centers, torch.tensor([[1e30], [math.inf], [-1e6]]).expand(3, d)])
+    for scale, y, want in (
+        (torch.tensor(1e6), centers, middle.expand(130, d)),
+        (torch.tensor(1e-3), far, None),
+    ):
+        mean = run(where, "log_mixture", x, y, scale, None, None, True, False)[1]
+        if want is None:
+            want = centers[torch.cdist(x.double(), centers.double()).argmin(1)].double()
+            size = (want - middle).abs()
+        else:
+            size = (centers.double() - middle).abs().mean(0)
+        # In units that the 2^-20 are of: the offset is about the middle.
+        assert ((mean - want).abs() <= 2.0**-20 * (size + 0.5) + 2.0**-24 * want.abs()).all()
+
+
+@everywhere
 @pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)
 @pytest.mark.sanitized
 def test_what_float32_cannot_hold(where, dtype):

@@ -59,10 +59,8 @@ struct BackwardPlan {
       if (centers) of_centers = plan(in.n, in.m, in.d + 2, true);
       last.own = of_centers.sums;
     } else {
-      const int64_t rows = least(kBlockRows, in.m);
-      block.stride = whole(least(kBlockCenters, in.n), PairTile<float>::kColumns);
-      block.weights = arrays.take_bytes(rows * block.stride * compute);
-      if (p.grad_x) row_sums.sums = arrays.take_bytes(rows * in.d * compute);
+      block = block_of(in, false, arrays);
+      if (p.grad_x) row_sums.sums = arrays.take_bytes(least(kBlockRows, in.m) * in.d * compute);
       if (centers) {
         center_sums.sums = arrays.take_bytes(in.n * in.d * compute);
         if (p.grad_scale) center_sums.squares = arrays.take_bytes(in.n * in.d * compute);
@@ -108,14 +106,14 @@ void log_mixture_backward(const LogMixtureBackwardProblem& problem, void* memory
     });
   } else {
     for_blocks(in, plan.block, [&](const WeightBlock& block) {
-      launch_weights(op, in, {p.value, p.grad}, block, stream);
+      launch_weights(op, in, {p.value, p.grad}, block, false, stream);
       if (p.grad_x) {
         SumsOfDifferences task = plan.row_sums;
         task.block = block;
         task.first = block.first_center == 0;
         launch_sums(op, in, false, p.grad, task, stream);
         if (block.first_center + block.centers == in.n)
-          launch_store(op, in, block, task.sums, {p.value, p.grad}, p.grad_x, in.storage, stream);
+          launch_store(op, in, block, task.sums, {p.value, p.grad}, nullptr, p.grad_x, in.storage, stream);
       }
       if (plan.centers) {
         SumsOfDifferences task = plan.center_sums;

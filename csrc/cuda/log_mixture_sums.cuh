@@ -5,7 +5,7 @@
 // gets, and sums go on in their order.
 #pragma once
 
-#include "log_mixture_tile.cuh"
+#include "log_mixture_pieces.cuh"
 
 namespace refine_ext::cuda {
 
@@ -38,14 +38,37 @@ __device__ __forceinline__ C coarse_weight(C q, C slope, C weight, C high, C low
 
 // Rows [first_row, first_row + rows) and centres likewise, whole tiles of the latter.
 struct WeightBlock {
-  void* weights;  // [rows][stride]
+  void* weights;  // [rows][stride], or in parts for the tensor cores: [tile of rows][slice of centres]
   int64_t first_row, rows, first_center, centers, stride;
 };
 
+// A thread's weights of a row and two slices of centres, in parts: half a pack of each.
+__device__ __forceinline__ void store_parts(const WeightBlock& block, int64_t tile, int64_t slice, int row,
+                                            int across, const float (&weights)[8]) {
+  static_assert(PairTile<float>::kRows == kProductTile && PairTile<float>::kColumns == 2 * kProductSlice);
+  BFloat16 parts[kProductParts][8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) split(weights[c], parts, c);
+  uint4* const pieces =
+      static_cast<uint4*>(block.weights) + (tile * (block.stride / kProductSlice) + slice) * kPiecePacks;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int part = 0; part < kProductParts; ++part) {
+      uint4* const pack =
+          pieces + half * kPiecePacks + part * kProductTile * kProductPacks + place_of_pack(row, across / 2);
+      uint64_t packed;
+      memcpy(&packed, &parts[part][4 * half], sizeof(packed));
+      reinterpret_cast<uint64_t*>(pack)[across % 2] = packed;
+    }
+  }
+}
+
+// Written as parts (kParts) there are zeros wherever a pair does not exist.
 // budget: registers 72 (float32 128, float64 dims 80, float32 dims 136), shared 13328 (float64 dims 17664,
 //     float32 dims 17664), occupancy 43% (float32 25%, float64 dims 37%, float32 dims 18%)
-template <class T, bool kDims>
-__global__ void __launch_bounds__(kMixtureThreads)
+template <class T, bool kDims, bool kParts>
+__global__ void __launch_bounds__(kMixtureThreads, kParts ? 4 : 0)
     mixture_weights_kernel(const MixtureInputs in, const RowLogarithm rows, const WeightBlock block) {
   using Tile = PairTile<T>;
   using Slice = PairSlice<T, kDims>;
@@ -63,12 +86,18 @@ __global__ void __launch_bounds__(kMixtureThreads)
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int64_t row = first_row + mine.row(i);
-    if (local_row + mine.row(i) >= block.rows) continue;
-    T high, low;
-    rows.parts(row, high, low);
-    const T grad = rows.gradient<T>(row);
-    const int64_t excluded = in.exclude ? in.exclude[row] : int64_t{-1};
-    T* const to = static_cast<T*>(block.weights) + (local_row + mine.row(i)) * block.stride + local_center;
+    const bool exists = local_row + mine.row(i) < block.rows;
+    if (!kParts && !exists) continue;
+    T high = T(0), low = T(0), grad = T(0);
+    int64_t excluded = -1;
+    if (exists) {
+      rows.parts(row, high, low);
+      grad = rows.gradient<T>(row);
+      if (in.exclude) excluded = in.exclude[row];
+    }
+    [[maybe_unused]] T a[kOwn];
+    [[maybe_unused]] T* const to =
+        static_cast<T*>(block.weights) + (local_row + mine.row(i)) * block.stride + local_center;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const int column = mine.column(c);
@@ -77,7 +106,11 @@ __global__ void __launch_bounds__(kMixtureThreads)
                                   : power_of_two(exponent(q[i][c], slope, weight, high) - low);
       const int64_t j = first_center + column;
       const bool counts = local_center + column < block.centers && j != excluded && grad != T(0);
-      to[column] = counts ? grad * p : T(0);
+      a[c] = counts ? grad * p : T(0);
+      if constexpr (!kParts) to[column] = a[c];
+    }
+    if constexpr (kParts) {
+      store_parts(block, local_row / kProductTile, local_center / kProductSlice, mine.row(i), mine.across, a);
     }
   }
 }
@@ -222,12 +255,13 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   }
 }
 
-// A thread an element: the sums of a block's rows, as gradients or, without `grad` and from y_0 on, as means.
-// budget: registers 24, occupancy 100%
+// A thread an element: the sums of a block's rows, as gradients or, without `grad` and from `offset` or y_0
+// on, as means. budget: registers 24, occupancy 100%
 template <class T>
 __global__ void __launch_bounds__(kMixtureThreads)
     mixture_store_kernel(const MixtureInputs in, int64_t first_row, int64_t rows, const T* sums,
-                         const double* value, const double* grad, void* to, Storage storage) {
+                         const double* value, const double* grad, const float* offset, void* to,
+                         Storage storage) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
   if (e >= rows * in.d) return;
   double result = static_cast<double>(sums[e]);
@@ -235,7 +269,8 @@ __global__ void __launch_bounds__(kMixtureThreads)
   if (grad) {
     if (grad[row] == 0.0) result = 0.0;
   } else {
-    result += finite_or(element<double>(in.centers, in.storage, e % in.d), 0.0);
+    result += offset ? static_cast<double>(offset[e % in.d])
+                     : finite_or(element<double>(in.centers, in.storage, e % in.d), 0.0);
     // No centre has a weight.
     if (value[row] == -kInfinity<double>) result = std::numeric_limits<double>::quiet_NaN();
   }
