@@ -13,9 +13,10 @@ struct ForwardPlan {
   void* sums;
   bool multiplied = false;  // values are made of products
   ProductTask product{};
-  // Where sums of a mean are: of which centres, from where on, and of how many blocks each.
+  // What a mean is summed of on the tensor cores.
+  SumsOfProducts products{};
   ProductOperand centers{};
-  float *offset = nullptr, *parts = nullptr;
+  float* offset = nullptr;
   int64_t used;
 
   // direct: from differences whatever the dimension.
@@ -40,7 +41,9 @@ struct ForwardPlan {
       if (multiplies(in)) {
         centers = operand_of(in, in.n, arrays);
         offset = arrays.take<float>(in.d);
-        parts = arrays.take<float>(sum_parts(in.d) * sums_of);
+        products.others = centers.pieces;
+        products.parts = arrays.take<float>(sum_parts(in.d) * sums_of);
+        products.sums = static_cast<float*>(sums);
       }
     }
     multiplied = !direct && multiplies(in) && !p.mean && !p.stats;
@@ -69,8 +72,8 @@ void launch_product(const ForwardPlan& plan, void* stream) {
   const MixtureTask& mixture = task.mixture;
   const MixtureInputs& in = mixture.p.in;
   launch_offset(op, in, const_cast<float*>(task.offset), stream);
-  launch_split(op, in, task.offset, false, task.rows, stream);
-  launch_split(op, in, task.offset, true, task.centers, stream);
+  launch_split(op, in, nullptr, task.offset, false, task.rows, stream);
+  launch_split(op, in, nullptr, task.offset, true, task.centers, stream);
   launch_with_shared(op, mixture_product_kernel, mixture.row_tiles * (mixture.parts ? mixture.chunks : 1),
                      kProductThreads, kProductShared, stream, task);
   if (mixture.parts) {
@@ -84,17 +87,18 @@ void launch_mean(const ForwardPlan& plan, void* stream) {
   const MixtureInputs& in = p.in;
   const RowLogarithm rows{p.value, nullptr};
   const Storage compute = in_float32(in) ? Storage::float32 : Storage::float64;
-  const bool products = plan.centers.pieces;
-  if (products) {
+  const bool multiplied = plan.offset != nullptr;
+  if (multiplied) {
     launch_offset(op, in, plan.offset, stream);
-    launch_split(op, in, plan.offset, true, plan.centers, stream);
+    launch_split(op, in, nullptr, plan.offset, true, plan.centers, stream);
   }
   for_blocks(in, plan.block, [&](const WeightBlock& block) {
     const bool first = block.first_center == 0;
-    launch_weights(op, in, rows, block, products, stream);
-    if (products) {
-      launch_product_sums(op, in, false, block, plan.centers, plan.parts, static_cast<float*>(plan.sums),
-                          first, stream);
+    launch_weights(op, in, rows, block, multiplied, stream);
+    if (multiplied) {
+      SumsOfProducts task = plan.products;
+      task.first = first;
+      launch_product_sums(op, in, false, block, task, stream);
     } else {
       launch_sums(op, in, false, nullptr, {block, plan.sums, nullptr, nullptr, first}, stream);
     }

@@ -164,7 +164,7 @@ __device__ __forceinline__ double exact_scale(const MixtureInputs& in, int64_t j
 }
 
 // A block an owner at a time: a row, or a centre. Gradients of those that need it take the place of
-// float32's; of a scale that all share, a centre's part. budget: registers 64, shared 2048, occupancy 50%
+// float32's; of a scale that all share, a centre's part.
 // budget: registers 72 (centers 80), shared 1152 (centers 1280), occupancy 43% (centers 37%)
 template <bool kCenters>
 __global__ void __launch_bounds__(kMixtureThreads)

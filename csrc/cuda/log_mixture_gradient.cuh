@@ -276,6 +276,11 @@ struct CenterGradients {
   const double* own;                           // [n][d + 2], or nullptr:
   const void *differences, *squares, *totals;  // [n][d], [n][d], [n]
   double* scale_parts;                         // [n], for a scale that all share
+  // Where they may be sums of products: whether they are, sum_i a_ij x'_i instead of differences, and [n] of
+  // squares; x' is from the offset on, and the former with the factor 1 / s^2 or without.
+  const int* multiplied;
+  const float *offset, *square_sums;
+  bool factored;
 };
 
 // A warp a centre.
@@ -290,20 +295,30 @@ __global__ void __launch_bounds__(kMixtureThreads)
   if (j >= in.n) return;
   const Storage compute = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
   const bool per_dimension = in.scale_kind == MixtureScale::per_dimension;
-  double squares[1] = {0.0}, scale = per_dimension ? 1.0 : scale_of<double>(in, j);
+  const bool multiplied = sizeof(T) == 4 && task.multiplied && *task.multiplied;
+  double squares[1] = {0.0}, scale = per_dimension ? 1.0 : scale_of<double>(in, j), factor = 1.0;
+  if (multiplied && task.factored)
+    factor = static_cast<double>(weight_factor(slope_of_scale(static_cast<float>(scale))));
   for (int64_t k = team.rank; k < in.d; k += kWarp) {
     const int64_t at = j * in.d + k;
     if (per_dimension) scale = compute_element<double>(in.scale, in.storage, at);
-    const double difference = task.own ? task.own[j * (in.d + 2) + k]
-                                       : static_cast<double>(static_cast<const T*>(task.differences)[at]);
+    double difference = task.own ? task.own[j * (in.d + 2) + k]
+                                 : static_cast<double>(static_cast<const T*>(task.differences)[at]);
+    if (multiplied) {
+      const double from = static_cast<double>(task.offset[k]);
+      const double y =
+          static_cast<float>(finite_or(element<double>(in.centers, in.storage, at), from) - from);
+      difference = difference / factor - static_cast<double>(static_cast<const T*>(task.totals)[j]) * y;
+    }
     if (p.grad_centers) store_element(difference / scale / scale, p.grad_centers, in.storage, at);
-    if (!p.grad_scale || task.own) continue;
+    if (!p.grad_scale || task.own || multiplied) continue;
     const double square = static_cast<double>(static_cast<const T*>(task.squares)[at]);
     if (per_dimension) store_element(square / scale / scale / scale, p.grad_scale, compute, at);
     squares[0] += square;
   }
   reduce_warp<Sum>(squares);
   if (team.rank > 0) return;
+  if (multiplied && p.grad_scale) squares[0] = static_cast<double>(task.square_sums[j]);
   if (p.grad_log_weights) {
     const double total = task.own ? task.own[j * (in.d + 2) + in.d + 1]
                                   : static_cast<double>(static_cast<const T*>(task.totals)[j]);

@@ -95,7 +95,8 @@ inline WeightBlock block_of(const MixtureInputs& in, bool parts, Arrays& arrays)
 // An array of rows or centres in parts.
 inline ProductOperand operand_of(const MixtureInputs& in, int64_t count, Arrays& arrays) {
   const int64_t tiles = ceil_div(count, kProductTile), slices = ceil_div(in.d, kProductSlice);
-  return {arrays.take<uint4>(tiles * slices * kPiecePacks), arrays.take<float>(tiles * kProductTile)};
+  return {arrays.take<uint4>(tiles * slices * kPiecePacks), arrays.take<float>(tiles * kProductTile),
+          nullptr};
 }
 
 // f(block) for the blocks of all pairs, those of the same rows one after the other.
@@ -128,6 +129,15 @@ void launch_rows(const MixtureTask& task, void* stream) {
 int64_t direct_values_workspace(const MixtureInputs& in);
 void launch_direct_values(const MixtureInputs& in, double* value, void* memory, void* stream);
 
+// Sums over a block's rows, or centres, on the tensor cores, added to what is there unless it is the first.
+struct SumsOfProducts {
+  const uint4* others;      // all of them, in parts
+  float* parts;             // [sum_parts][owners][d], working memory
+  float* sums;              // [owners][d]
+  float *totals, *squares;  // [owners] of the weights, and with the squared distances, or nullptr
+  bool first;
+};
+
 // log_mixture_sums.cu. Without grad: means, by rows only. parts: weights for the tensor cores.
 void launch_weights(const char* op, const MixtureInputs& in, const RowLogarithm& rows,
                     const WeightBlock& block, bool parts, void* stream);
@@ -135,13 +145,18 @@ void launch_sums(const char* op, const MixtureInputs& in, bool centers, const do
                  const SumsOfDifferences& task, void* stream);
 void launch_store(const char* op, const MixtureInputs& in, const WeightBlock& block, const void* sums,
                   const RowLogarithm& rows, const float* offset, void* to, Storage storage, void* stream);
-// About the middle of the centres; rows or centres in parts, the offset subtracted; the sums of a block's
-// weights and them, added to what is there unless it is the first. parts: [sum_parts][owners][d].
+// About the middle of the centres; rows (but those whose `grad` is zero) or centres in parts, this offset
+// subtracted; whether gradients are made of them; sums; gradients of rows from the sums.
 void launch_offset(const char* op, const MixtureInputs& in, float* offset, void* stream);
-void launch_split(const char* op, const MixtureInputs& in, const float* offset, bool centers,
-                  const ProductOperand& to, void* stream);
+void launch_split(const char* op, const MixtureInputs& in, const double* grad, const float* offset,
+                  bool centers, const ProductOperand& to, void* stream);
+void launch_choice(const char* op, const MixtureInputs& in, const ProductOperand& rows,
+                   const ProductOperand& centers, int* multiplied, void* stream);
 void launch_product_sums(const char* op, const MixtureInputs& in, bool centers, const WeightBlock& block,
-                         const ProductOperand& others, float* parts, float* sums, bool first, void* stream);
+                         const SumsOfProducts& of, void* stream);
+void launch_product_store(const char* op, const MixtureInputs& in, const WeightBlock& block,
+                          const float* offset, const SumsOfProducts& of, const double* grad, void* to,
+                          void* stream);
 
 // log_mixture_exact.cu: once more what the compute type could not hold. scale_parts: [n], of a scale that all
 // centres share.

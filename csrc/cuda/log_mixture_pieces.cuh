@@ -24,10 +24,12 @@ inline constexpr int kPiecePacks = kProductParts * kProductTile * kProductPacks;
 inline constexpr int kProductPieces = 3;  // in shared memory, of rows and columns each
 inline constexpr int kProductShared = kProductPieces * 2 * kPiecePacks * 16;
 
-// Rows or centres in parts: [tile][slice][part][row][pack], as a piece lies in shared memory; norms of all.
+// Rows or centres in parts: [tile][slice][part][row][pack], as a piece lies in shared memory; of each its
+// norm and its largest coordinate. nullptr: not wanted.
 struct ProductOperand {
   uint4* pieces;
   float* norms;
+  float* widths;
 };
 
 // Packs change places so that eight rows' are in different banks, and one row's too.

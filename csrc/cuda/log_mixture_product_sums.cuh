@@ -13,11 +13,12 @@
 // A100 and 128 on an H100 and take two or three instructions for each, with the difference.
 #pragma once
 
-#include "log_mixture_pieces.cuh"
+#include "log_mixture_sums.cuh"
 
 namespace refine_ext::cuda {
 
 struct ProductSums {
+  const int* multiplied;  // whether to do it, or nullptr: yes
   const uint4* weights;  // of the block, in parts: [tile of rows][slice of centres], `weight_slices` of these
   const uint4* others;   // of the block's centres, or rows, on: [tile][slice of the dimensions]
   float* sums;           // [parts][owners][d]
@@ -30,6 +31,7 @@ __global__ void __launch_bounds__(kProductThreads) mixture_product_sums_kernel(c
   constexpr int kOwn = 8, kTile = kProductTile, kSlices = kProductTile / kProductSlice;
   constexpr int kRowPacks = kProductSlice * kProductPacks;  // of 32 rows of a part
   REFINE_EXT_DYNAMIC_SHARED(uint4, pieces);
+  if (task.multiplied && !*task.multiplied) return;
   const int thread = static_cast<int>(threadIdx.x);
   const ProductPlace place;
   const int64_t across = (task.d + kTile - 1) / kTile;
@@ -104,31 +106,50 @@ __global__ void __launch_bounds__(kProductThreads) mixture_product_sums_kernel(c
   }
 }
 
-// to[i] += the sum of parts[p][i] in their order; `first`: from zero on.
+// to[i] += the sum of parts[p][i] in their order, from zero on at first.
 struct Addition {
   const float* parts;
   float* to;
-  int64_t count, each;  // parts, and elements
-  bool first;
+  int64_t count, each, apart;  // parts, elements, and from a part to the next
 };
 struct Additions {
-  Addition of[4];
+  const int* multiplied;  // as above
+  bool first;
+  Addition of[3];
 };
 
 // A thread an element of all.
 // budget: registers 32, occupancy 100%
 __global__ void __launch_bounds__(kMixtureThreads) mixture_add_kernel(const Additions task) {
+  if (task.multiplied && !*task.multiplied) return;
   int64_t e = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
 #pragma unroll
   for (const Addition& addition : task.of) {
     if (e >= 0 && e < addition.each) {
       float sum = 0.0f;
 #pragma unroll 4
-      for (int64_t p = 0; p < addition.count; ++p) sum += addition.parts[p * addition.each + e];
-      addition.to[e] = addition.first ? sum : addition.to[e] + sum;
+      for (int64_t p = 0; p < addition.count; ++p) sum += addition.parts[p * addition.apart + e];
+      addition.to[e] = task.first ? sum : addition.to[e] + sum;
     }
     e -= addition.each;
   }
+}
+
+// A thread an element: gradients by a block's rows, sum_j a_ij y'_j - x'_i sum_j a_ij, of weights that have
+// the factor 1 / s^2 or, of a shared scale, do not.
+// budget: registers 32, occupancy 100%
+__global__ void __launch_bounds__(kMixtureThreads)
+    mixture_product_store_kernel(const MixtureInputs in, const WeightBlock block, const float* offset,
+                                 const float* sums, const float* totals, const double* grad, void* to) {
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
+  if (e >= block.rows * in.d || !block.is_multiplied()) return;
+  const int64_t local = e / in.d, k = e - local * in.d, row = block.first_row + local;
+  const double from = static_cast<double>(offset[k]);
+  // As it would be in parts.
+  const double x = static_cast<float>(element<double>(in.x, in.storage, row * in.d + k) - from);
+  const double sum = static_cast<double>(sums[e]) - static_cast<double>(totals[local]) * x;
+  const double scale = block.factored ? 1.0 : scale_of<double>(in, 0);
+  store_element(grad[row] == 0.0 ? 0.0 : sum / scale / scale, to, in.storage, row * in.d + k);
 }
 
 }  // namespace refine_ext::cuda

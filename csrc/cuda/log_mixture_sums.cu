@@ -43,8 +43,13 @@ void launch_sums(const char* op, const MixtureInputs& in, bool centers, const do
 }
 
 void launch_product_sums(const char* op, const MixtureInputs& in, bool centers, const WeightBlock& block,
-                         const ProductOperand& others, float* parts, float* sums, bool first, void* stream) {
-  ProductSums task{static_cast<const uint4*>(block.weights), others.pieces, parts, 0, 0, 0, 0, in.d, 0};
+                         const SumsOfProducts& of, void* stream) {
+  ProductSums task{};
+  task.multiplied = block.multiplied;
+  task.weights = static_cast<const uint4*>(block.weights);
+  task.others = of.others;
+  task.sums = of.parts;
+  task.d = in.d;
   task.owners = centers ? block.centers : block.rows;
   task.count = centers ? block.rows : block.centers;
   task.weight_slices = block.stride / kProductSlice;
@@ -56,20 +61,46 @@ void launch_product_sums(const char* op, const MixtureInputs& in, bool centers, 
     launch_with_shared(op, mixture_product_sums_kernel<decltype(of_centers)::value>, tiles * task.parts,
                        kProductThreads, kProductShared, stream, task);
   });
-  const int64_t each = task.owners * in.d;
-  launch(op, mixture_add_kernel, ceil_div(each, kMixtureThreads), kMixtureThreads, stream,
-         Additions{{{parts, sums, task.parts, each, first}}});
+  const int64_t each = task.owners * in.d, tiles_of_rows = ceil_div(block.rows, kProductTile);
+  Additions all{block.multiplied, of.first, {{of.parts, of.sums, task.parts, each, each}}};
+  int64_t elements = each;
+  const auto add = [&](Addition& to, const float* parts, float* sums, int64_t count, int64_t apart) {
+    if (!sums) return;
+    to = {parts, sums, count, task.owners, apart};
+    elements += task.owners;
+  };
+  if (centers) {
+    add(all.of[1], block.center_totals, of.totals, tiles_of_rows, block.stride);
+    add(all.of[2], block.center_squares, of.squares, tiles_of_rows, block.stride);
+  } else {
+    add(all.of[1], block.row_totals, of.totals, block.stride / PairTile<float>::kColumns, block.rows);
+  }
+  launch(op, mixture_add_kernel, ceil_div(elements, kMixtureThreads), kMixtureThreads, stream, all);
+}
+
+void launch_product_store(const char* op, const MixtureInputs& in, const WeightBlock& block,
+                          const float* offset, const SumsOfProducts& of, const double* grad, void* to,
+                          void* stream) {
+  launch(op, mixture_product_store_kernel, ceil_div(block.rows * in.d, kMixtureThreads), kMixtureThreads,
+         stream, in, block, offset, static_cast<const float*>(of.sums), static_cast<const float*>(of.totals),
+         grad, to);
+}
+
+void launch_choice(const char* op, const MixtureInputs& in, const ProductOperand& rows,
+                   const ProductOperand& centers, int* multiplied, void* stream) {
+  launch(op, mixture_choice_kernel, 1, kMaxThreads, stream, in, static_cast<const float*>(rows.widths),
+         static_cast<const float*>(centers.widths), multiplied);
 }
 
 void launch_offset(const char* op, const MixtureInputs& in, float* offset, void* stream) {
   launch(op, mixture_offset_kernel, ceil_div(in.d, kMixtureThreads), kMixtureThreads, stream, in, offset);
 }
 
-void launch_split(const char* op, const MixtureInputs& in, const float* offset, bool centers,
-                  const ProductOperand& to, void* stream) {
+void launch_split(const char* op, const MixtureInputs& in, const double* grad, const float* offset,
+                  bool centers, const ProductOperand& to, void* stream) {
   const int64_t padded = whole(centers ? in.n : in.m, kProductTile);
   launch(op, mixture_split_kernel, ceil_div(padded, kMixtureThreads / kWarp), kMixtureThreads, stream, in,
-         offset, ceil_div(in.d, kProductSlice), centers, to, padded);
+         grad, offset, ceil_div(in.d, kProductSlice), centers, to, padded);
 }
 
 void launch_store(const char* op, const MixtureInputs& in, const WeightBlock& block, const void* sums,
@@ -77,8 +108,8 @@ void launch_store(const char* op, const MixtureInputs& in, const WeightBlock& bl
   with_compute(in, [&](auto tag) {
     using T = decltype(tag);
     launch(op, mixture_store_kernel<T>, ceil_div(block.rows * in.d, kMixtureThreads), kMixtureThreads, stream,
-           in, block.first_row, block.rows, static_cast<const T*>(sums), rows.value, rows.grad, offset, to,
-           storage);
+           in, block.first_row, block.rows, static_cast<const T*>(sums), rows.value, rows.grad, offset,
+           block.multiplied, to, storage);
   });
 }
 

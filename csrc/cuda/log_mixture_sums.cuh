@@ -40,7 +40,20 @@ __device__ __forceinline__ C coarse_weight(C q, C slope, C weight, C high, C low
 struct WeightBlock {
   void* weights;  // [rows][stride], or in parts for the tensor cores: [tile of rows][slice of centres]
   int64_t first_row, rows, first_center, centers, stride;
+  // Where the tensor cores may: whether they do (nullptr: yes), and whether parts have the factor 1 / s^2.
+  const int* multiplied;
+  bool factored;
+  // Of parts, if wanted: sums over a tile's centres; over a tile's rows of a and a q without 1 / s^2.
+  float* row_totals;                      // [tiles of 64 centres][rows]
+  float *center_totals, *center_squares;  // [tiles of rows][stride]
+
+  __device__ __forceinline__ bool is_multiplied() const { return !multiplied || *multiplied; }
 };
+
+// 1 / s^2 as weights have it.
+__device__ __forceinline__ float weight_factor(float slope) {
+  return static_cast<float>(-2.0 * kLn2) * slope;
+}
 
 // A thread's weights of a row and two slices of centres, in parts: half a pack of each.
 __device__ __forceinline__ void store_parts(const WeightBlock& block, int64_t tile, int64_t slice, int row,
@@ -68,7 +81,7 @@ __device__ __forceinline__ void store_parts(const WeightBlock& block, int64_t ti
 // budget: registers 72 (float32 128, float64 dims 80, float32 dims 136), shared 13328 (float64 dims 17664,
 //     float32 dims 17664), occupancy 43% (float32 25%, float64 dims 37%, float32 dims 18%)
 template <class T, bool kDims, bool kParts>
-__global__ void __launch_bounds__(kMixtureThreads, kParts ? 4 : 0)
+__global__ void __launch_bounds__(kMixtureThreads, kParts ? 3 : 0)
     mixture_weights_kernel(const MixtureInputs in, const RowLogarithm rows, const WeightBlock block) {
   using Tile = PairTile<T>;
   using Slice = PairSlice<T, kDims>;
@@ -83,11 +96,13 @@ __global__ void __launch_bounds__(kMixtureThreads, kParts ? 4 : 0)
   load_weights<T, kDims>(in, first_center, kDims ? T(-1) : shared_slope<T>(in), slopes, weights);
   T q[kOwn][kOwn];
   squared_distances<T, kDims>(in, first_row, first_center, slice[0], q);
+  const bool parts = kParts && block.is_multiplied();
+  [[maybe_unused]] T totals[kParts ? kOwn : 1] = {}, squares[kParts ? kOwn : 1] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int64_t row = first_row + mine.row(i);
     const bool exists = local_row + mine.row(i) < block.rows;
-    if (!kParts && !exists) continue;
+    if (!exists && !parts) continue;
     T high = T(0), low = T(0), grad = T(0);
     int64_t excluded = -1;
     if (exists) {
@@ -107,11 +122,52 @@ __global__ void __launch_bounds__(kMixtureThreads, kParts ? 4 : 0)
       const int64_t j = first_center + column;
       const bool counts = local_center + column < block.centers && j != excluded && grad != T(0);
       a[c] = counts ? grad * p : T(0);
-      if constexpr (!kParts) to[column] = a[c];
+      if (!parts) to[column] = a[c];
     }
     if constexpr (kParts) {
+      if (!parts) continue;
+      T total = T(0);
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) {
+        totals[c] += a[c];
+        squares[c] = a[c] == T(0) ? squares[c] : fused(a[c], q[i][c], squares[c]);
+        if (block.factored) a[c] *= weight_factor(slopes[mine.column(c)]);
+        total += a[c];
+      }
       store_parts(block, local_row / kProductTile, local_center / kProductSlice, mine.row(i), mine.across, a);
+      if (!block.row_totals) continue;
+#pragma unroll
+      for (int distance = 1; distance < kMixtureAcross; distance *= 2)
+        total += __shfl_xor_sync(kFullMask, total, distance);
+      if (exists && mine.across == 0)
+        block.row_totals[local_center / Tile::kColumns * block.rows + local_row + mine.row(i)] = total;
     }
+  }
+  if constexpr (kParts) {
+    if (!parts || !block.center_totals) return;
+    constexpr int kWarps = kMixtureThreads / kWarp;
+    REFINE_EXT_SHARED(T, columns, [2][kWarps][Tile::kColumns]);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+#pragma unroll
+      for (int distance = kMixtureAcross; distance < kWarp; distance *= 2) {
+        totals[c] += __shfl_xor_sync(kFullMask, totals[c], distance);
+        squares[c] += __shfl_xor_sync(kFullMask, squares[c], distance);
+      }
+      if (static_cast<int>(threadIdx.x) % kWarp >= kMixtureAcross) continue;
+      columns[0][warp][mine.column(c)] = totals[c];
+      columns[1][warp][mine.column(c)] = squares[c];
+    }
+    __syncthreads();
+    static_assert(2 * Tile::kColumns == kMixtureThreads);
+    const int which = static_cast<int>(threadIdx.x) / Tile::kColumns;
+    const int column = static_cast<int>(threadIdx.x) % Tile::kColumns;
+    T sum = T(0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += columns[which][w][column];
+    (which == 0 ? block.center_totals : block.center_squares)[tile * block.stride + local_center + column] =
+        sum;
   }
 }
 
@@ -126,8 +182,8 @@ struct SumsOfDifferences {
 
 // For each row sum_j a_ij f_j (y_j - o_i), with o = x and f = 1 / s^2 for gradients, or o = y_0 and f = 1 for
 // means (of which a weight's error then only takes its share of the data's width), 0 where y_0 is infinite.
-// For each centre (kCenters) sum_i a_ij (x_i - y_j), and the squares. budget: registers 160 (float32 240,
-// float64 centers 200, float32 centers 256, float64 dims 168, float32
+// For each centre (kCenters) sum_i a_ij (x_i - y_j), and the squares.
+// budget: registers 160 (float32 240, float64 centers 200, float32 centers 256, float64 dims 168, float32
 //     dims 248, float64 centers dims 200, float32 centers dims 256), shared 12800 (float64 dims 17152,
 //     float32 dims 17152, float64 centers dims 12800, float32 centers dims 12800), occupancy 18% (float32
 //     12%, float64 centers 12%)
@@ -142,6 +198,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   REFINE_EXT_SHARED(T, factors, [kFactors ? kMixtureSlice : 1][kFactors ? Tile::kColumns + kApart : 1]);
   const Tile mine;
   const WeightBlock& block = task.block;
+  if (block.multiplied && *block.multiplied) return;
   const int64_t dimension_tiles = (in.d + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t tile = blockIdx.x / dimension_tiles;
   const int64_t local = tile * Tile::kRows, k0 = (blockIdx.x - tile * dimension_tiles) * Tile::kColumns;
@@ -256,14 +313,15 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
 }
 
 // A thread an element: the sums of a block's rows, as gradients or, without `grad` and from `offset` or y_0
-// on, as means. budget: registers 24, occupancy 100%
+// on, as means.
+// budget: registers 24, occupancy 100%
 template <class T>
 __global__ void __launch_bounds__(kMixtureThreads)
     mixture_store_kernel(const MixtureInputs in, int64_t first_row, int64_t rows, const T* sums,
-                         const double* value, const double* grad, const float* offset, void* to,
-                         Storage storage) {
+                         const double* value, const double* grad, const float* offset, const int* multiplied,
+                         void* to, Storage storage) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
-  if (e >= rows * in.d) return;
+  if (e >= rows * in.d || (multiplied && *multiplied)) return;
   double result = static_cast<double>(sums[e]);
   const int64_t row = first_row + e / in.d;
   if (grad) {
