@@ -180,8 +180,7 @@ def test_products(where, offset, monkeypatch):
 
 
 @everywhere
-@pytest.mark.parametrize("offset", [0.0, 1e3])
-@pytest.mark.parametrize("d", [pytest.param(64, marks=sanitized), 97, 160])
+@pytest.mark.parametrize(("d", "offset"), [pytest.param(64, 0.0, marks=sanitized), (97, 1e3), (160, 0.0)])
 def test_means_of_products(where, d, offset):
     """Of many dimensions means are sums of products: to float32's accuracy of the data's width, wherever they are.
 
@@ -205,6 +204,60 @@ def test_means_of_products(where, d, offset):
             size = (centers.double() - middle).abs().mean(0)
         # In units that the 2^-20 are of: the offset is about the middle.
         assert ((mean - want).abs() <= 2.0**-20 * (size + 0.5) + 2.0**-24 * want.abs()).all()
+
+
+def gradients(where: str, inputs, grad: Tensor, wanted: int = 15) -> list[Tensor]:
+    value = run(where, "log_mixture", *inputs, False, False)[0]
+    return run(where, "log_mixture_backward", grad, value, *inputs, wanted)
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("d", "kind", "offset"),
+    [pytest.param(64, "per_center", 0.0, marks=sanitized), (64, "shared", 1e3), (160, "per_center", 1e3)],
+)
+def test_gradients_of_products(where, d, kind, offset):
+    """Of many dimensions gradients are sums of products: of all at once and one by one, with rows that do not count."""
+    x, centers, scale, log_weights, exclude = problem(130, 150, d, f32, kind, True, True)
+    x, centers = x + offset, centers + offset
+    grad = torch.randn(130, dtype=f64)
+    x[3, 5], grad[3], grad[4] = math.nan, 0, 0
+    centers[7, 1] = math.inf
+    inputs = x, centers, scale, log_weights, exclude
+    value = cpu.log_mixture(*widened(inputs), False, False)[0]
+    wants = cpu.log_mixture_backward(grad, value, *widened(inputs), 15)
+    grads = gradients(where, inputs, grad)
+    for bit, one, want in zip((X, CENTERS, SCALE, LOG_WEIGHTS), grads, wants, strict=True):
+        assert_near(one, want, TOLERANCE[f32], ("gradient", bit))
+    for bit in (X, CENTERS) if d == 64 else ():
+        assert torch.equal(gradients(where, inputs, grad, bit)[bit.bit_length() - 1], grads[bit.bit_length() - 1])
+    alone = x[9:10], centers, scale, log_weights, exclude[9:10]
+    assert torch.equal(gradients(where, alone, grad[9:10], X)[0][0], grads[0][9])
+
+
+@everywhere
+@pytest.mark.parametrize("kind", ["shared", "per_center"])
+def test_gradients_of_narrow_scales(where, kind):
+    """Beside a scale much less than the data's width products would be too coarse: then gradients are differences.
+
+    So they are where a centre is far away; it has no weight, and the others' gradients are the same but for rounding.
+    Sums of products are off by 2^-21 of the width of 4, sums of differences by a few roundings of the scale.
+    """
+    x, centers, scale, *_ = problem(20, 40, 64, f32, kind, False, False, 0.005)
+    x = centers[torch.arange(20) * 2] + scale.mean() * torch.randn(20, 64)
+    grad = torch.randn(20, dtype=f64)
+    for width, tolerance in ((1.0, 1e-6), (50.0, 1e-5)):
+        inputs = x, centers, scale * width, None, None
+        value = cpu.log_mixture(*widened(inputs), False, False)[0]
+        wants = cpu.log_mixture_backward(grad, value, *widened(inputs), 15)
+        got = gradients(where, inputs, grad)
+        for one, want in zip(got[:3], wants, strict=False):
+            assert_near(one, want, tolerance, (kind, width))
+        far = torch.cat([centers, torch.full((1, 64), 1e6)])
+        scales = torch.cat([inputs[2], inputs[2][:1]]) if kind == "per_center" else inputs[2]
+        other = gradients(where, (x, far, scales, None, None), grad)
+        assert_near(other[0], wants[0], tolerance, (kind, width, "far"))
+        assert torch.equal(other[0], got[0]) == (width == 1.0)
 
 
 @everywhere
@@ -340,7 +393,7 @@ def test_a_center_of_nan_makes_nan(where, d):
 
 @everywhere
 def test_nothing(where):
-    for d in (2, 6):
+    for d in (2, 6, 66):
         x, centers, scale, *_ = problem(0, 7, d, f32, "shared", False, False)
         value, mean, stats, top = run(where, "log_mixture", x, centers, scale, None, None, True, True)
         assert [len(t) for t in (value, mean, stats, top)] == [0] * 4
@@ -350,8 +403,8 @@ def test_nothing(where):
 
 @pytest.mark.parametrize("order", ["reverse", "shuffled"])
 def test_the_order_of_blocks_does_not_matter(order, monkeypatch):
-    for d in (2, 6):
-        inputs = problem(150, 600, d, f32, "shared", True, True)
+    for d, n in ((2, 600), (6, 600), (66, 260)):
+        inputs = problem(150, n, d, f32, "shared", True, True)
         grad = torch.randn(150, dtype=f64)
 
         def results(inputs=inputs, grad=grad):
