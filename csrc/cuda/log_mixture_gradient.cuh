@@ -42,8 +42,8 @@ __device__ __forceinline__ void write_gradient(const GradientTask& task, int64_t
     store_element(factor == 0.0 ? 0.0 : factor * sums[k], task.grad_x, task.in.storage, row * kD + k);
 }
 
-// budget: registers 256 (d=2 168, d=1 168), shared 6144 (d=3 5120, d=2 4096, d=1 3072, d=4 centers 8192, d=3
-//     centers 7168, d=2 centers 6144, d=1 centers 5120), occupancy 12% (d=2 18%, d=1 18%)
+// budget: registers 256 (d=2 168, d=1 168), shared 6144 (d=3 5120, d=2 4096, d=1 3072, d=4 centers 8192,
+//     d=3 centers 7168, d=2 centers 6144, d=1 centers 5120), occupancy 12% (d=2 18%, d=1 18%)
 template <int kD, bool kCenters>
 __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
     mixture_gradient_kernel(const GradientTask task) {

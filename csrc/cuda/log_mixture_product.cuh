@@ -33,7 +33,7 @@ __device__ __forceinline__ void write_product_row(const ProductTask& task, int64
 }
 
 // Values alone. Products fill the registers: what a tile of centres needs once is in local memory.
-// budget: registers 256, local 168, shared 8192, occupancy 12%
+// budget: registers 256, local 16, shared 8192, occupancy 12%
 __global__ void __launch_bounds__(kProductThreads) mixture_product_kernel(const ProductTask task) {
   constexpr int kOwn = 8, kTile = kProductTile;
   REFINE_EXT_DYNAMIC_SHARED(uint4, pieces);

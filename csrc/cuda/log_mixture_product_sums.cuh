@@ -25,7 +25,8 @@ struct ProductSums {
   int64_t owners, count, weight_slices, slices, d, parts;  // count: of the others
 };
 
-// budget: registers 256, occupancy 12%
+// Sums and products fill the registers: what only the beginning and the end need is in local memory.
+// budget: registers 256, local 8 (centers 0), occupancy 12%
 template <bool kCenters>
 __global__ void __launch_bounds__(kProductThreads) mixture_product_sums_kernel(const ProductSums task) {
   constexpr int kOwn = 8, kTile = kProductTile, kSlices = kProductTile / kProductSlice;
@@ -119,7 +120,7 @@ struct Additions {
 };
 
 // A thread an element of all.
-// budget: registers 32, occupancy 100%
+// budget: registers 24, occupancy 100%
 __global__ void __launch_bounds__(kMixtureThreads) mixture_add_kernel(const Additions task) {
   if (task.multiplied && !*task.multiplied) return;
   int64_t e = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);

@@ -78,8 +78,9 @@ __device__ __forceinline__ void store_parts(const WeightBlock& block, int64_t ti
 }
 
 // Written as parts (kParts) there are zeros wherever a pair does not exist.
-// budget: registers 72 (float32 128, float64 dims 80, float32 dims 136), shared 13328 (float64 dims 17664,
-//     float32 dims 17664), occupancy 43% (float32 25%, float64 dims 37%, float32 dims 18%)
+// budget: registers 72 (float32 128, float64 dims 80, float32 dims 136, float32 parts 136), shared 13328
+//     (float64 dims 17664, float32 dims 17664, float32 parts 15376), occupancy 43% (float32 25%, float64
+//     dims 37%, float32 dims 18%, float32 parts 18%)
 template <class T, bool kDims, bool kParts>
 __global__ void __launch_bounds__(kMixtureThreads, kParts ? 3 : 0)
     mixture_weights_kernel(const MixtureInputs in, const RowLogarithm rows, const WeightBlock block) {
@@ -183,7 +184,7 @@ struct SumsOfDifferences {
 // For each row sum_j a_ij f_j (y_j - o_i), with o = x and f = 1 / s^2 for gradients, or o = y_0 and f = 1 for
 // means (of which a weight's error then only takes its share of the data's width), 0 where y_0 is infinite.
 // For each centre (kCenters) sum_i a_ij (x_i - y_j), and the squares.
-// budget: registers 160 (float32 240, float64 centers 200, float32 centers 256, float64 dims 168, float32
+// budget: registers 160 (float32 232, float64 centers 208, float32 centers 256, float64 dims 168, float32
 //     dims 248, float64 centers dims 200, float32 centers dims 256), shared 12800 (float64 dims 17152,
 //     float32 dims 17152, float64 centers dims 12800, float32 centers dims 12800), occupancy 18% (float32
 //     12%, float64 centers 12%)
