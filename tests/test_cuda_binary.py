@@ -106,7 +106,7 @@ def test_no_atomics(compiled):
 
 
 def test_products_of_parts(compiled):
-    """Six products of bfloat16 parts for each of float32's, every matrix loaded once, nothing in local memory between."""
+    """Six products of bfloat16 parts for one of float32, matrices loaded once, nothing in local memory between."""
     for name in ("mixture_product_kernel", "mixture_product_sums_kernel"):
         mine = [kernel for kernel in compiled if kernel.source.name == name]
         assert mine
