@@ -185,26 +185,26 @@ def test_products(where, offset, monkeypatch):
 def test_means_of_products(where, d, offset):
     """Of many dimensions means are sums of products: to float32's accuracy of the data's width, wherever they are.
 
-    With equal weights and with one, which are exact, so that the sums' error is all there is: less than 2^-20 of the
-    sum of their absolute terms, and a rounding of what is stored. Some centres are far away, and have no weight.
+    With a few weights that no distance changes, other ones for rows that leave out another centre, and with one, so
+    that the sums' error is all there is: less than 2^-20 of the sum of their absolute terms, and a rounding of what is
+    stored. Some centres are far away, and have no weight.
     """
     x, centers, scale, log_weights, _ = problem(130, 300, d, f32, "per_center", True, False)
     check(where, (x, centers, scale, log_weights, torch.randint(-1, 300, (130,))), stats=False, wanted=0)
     x, centers = x + offset, centers + offset
     middle = centers.double().mean(0)
+
+    def assert_summed(got: Tensor, p: Tensor) -> None:
+        want, size = p @ centers.double(), p @ (centers.double() - middle).abs()
+        # The offset is about the middle.
+        assert ((got - want).abs() <= 2.0**-20 * (size + 0.2) + 2.0**-24 * want.abs()).all()
+
+    log_weights, exclude = -0.5 * torch.arange(300.0), torch.arange(130) % 12
+    few = log_weights.double().expand(130, 300).scatter(1, exclude[:, None], -math.inf).softmax(1)
+    assert_summed(run(where, "log_mixture", x, centers, torch.tensor(1e6), log_weights, exclude, True, False)[1], few)
     far = torch.cat([centers, torch.tensor([[1e30], [math.inf], [-1e6]]).expand(3, d)])
-    for scale, y, want in (
-        (torch.tensor(1e6), centers, middle.expand(130, d)),
-        (torch.tensor(1e-3), far, None),
-    ):
-        mean = run(where, "log_mixture", x, y, scale, None, None, True, False)[1]
-        if want is None:
-            want = centers[torch.cdist(x.double(), centers.double()).argmin(1)].double()
-            size = (want - middle).abs()
-        else:
-            size = (centers.double() - middle).abs().mean(0)
-        # In units that the 2^-20 are of: the offset is about the middle.
-        assert ((mean - want).abs() <= 2.0**-20 * (size + 0.5) + 2.0**-24 * want.abs()).all()
+    one = torch.nn.functional.one_hot(torch.cdist(x.double(), centers.double()).argmin(1), 300).double()
+    assert_summed(run(where, "log_mixture", x, far, torch.tensor(1e-3), None, None, True, False)[1], one)
 
 
 def gradients(where: str, inputs, grad: Tensor, wanted: int = 15) -> list[Tensor]:
