@@ -214,14 +214,17 @@ def gradients(where: str, inputs, grad: Tensor, wanted: int = 15) -> list[Tensor
 
 @everywhere
 @pytest.mark.parametrize(
-    ("d", "kind", "offset"),
-    [(64, "per_center", 0.0), (64, "shared", 1e3), (160, "per_center", 1e3)],
+    ("n", "d", "kind", "offset"),
+    [(130, 64, "per_center", 0.0), (300, 64, "shared", 1e3), (130, 160, "per_center", 1e3)],
 )
-def test_gradients_of_products(where, d, kind, offset):
-    """Of many dimensions gradients are sums of products: of all at once and one by one, with rows that do not count."""
-    x, centers, scale, log_weights, exclude = problem(130, 150, d, f32, kind, True, True)
+def test_gradients_of_products(where, n, d, kind, offset):
+    """Of many dimensions gradients are sums of products: of all at once and one by one, with rows that do not count.
+
+    Of several tiles in a block of weights, and of several blocks.
+    """
+    x, centers, scale, log_weights, exclude = problem(n, n, d, f32, kind, True, True)
     x, centers = x + offset, centers + offset
-    grad = torch.randn(130, dtype=f64)
+    grad = torch.randn(n, dtype=f64)
     x[3, 5], grad[3], grad[4] = math.nan, 0, 0
     centers[7, 1] = math.inf
     inputs = x, centers, scale, log_weights, exclude
@@ -230,7 +233,7 @@ def test_gradients_of_products(where, d, kind, offset):
     grads = gradients(where, inputs, grad)
     for bit, one, want in zip((X, CENTERS, SCALE, LOG_WEIGHTS), grads, wants, strict=True):
         assert_near(one, want, TOLERANCE[f32], ("gradient", bit))
-    for bit in (X, CENTERS) if d == 64 else ():
+    for bit in (X, CENTERS) if n == 130 and d == 64 else ():
         assert torch.equal(gradients(where, inputs, grad, bit)[bit.bit_length() - 1], grads[bit.bit_length() - 1])
     alone = x[9:10], centers, scale, log_weights, exclude[9:10]
     assert torch.equal(gradients(where, alone, grad[9:10], X)[0][0], grads[0][9])
@@ -422,7 +425,13 @@ def test_the_order_of_blocks_does_not_matter(order, monkeypatch):
 @pytest.mark.cuda
 def test_large():
     """Beyond the limits on blocks and chunks that a GPU has."""
-    for m, n, d, mean in ((40_000, 5000, 2, True), (3, 200_000, 3, False), (5000, 9000, 20, True)):
+    for m, n, d, mean in (
+        (40_000, 5000, 2, True),
+        (3, 200_000, 3, False),
+        (5000, 9000, 20, True),
+        (5000, 9000, 100, True),
+        (5000, 5000, 400, False),
+    ):
         x, centers, scale, *_ = problem(m, n, d, f32, "shared", False, False)
         got = run("cuda", "log_mixture", x, centers, scale, None, None, mean, False)
         rows = torch.randint(m, (50,))
@@ -430,3 +439,11 @@ def test_large():
         assert_near(got[0][rows], want[0], 1e-5, "value")
         if mean:
             assert_near(got[1][rows], want[1], 2e-5, "mean")
+        if d < 64:
+            continue
+        grad = torch.randn(m, dtype=f64)
+        grads = run("cuda", "log_mixture_backward", grad, got[0], x, centers, scale, None, None, 15)
+        inputs = x.double(), centers.double(), scale.double(), None, None
+        value = cpu.log_mixture(*inputs, False, False)[0]
+        for one, other in zip(grads, cpu.log_mixture_backward(grad, value, *inputs, 15), strict=True):
+            assert_near(one, other, 2e-5, "gradient")

@@ -11,7 +11,7 @@ namespace refine_ext::cuda {
 
 #if defined(REFINE_EXT_CUDA_ON_CPU)
 // So small that small tests take several of everything.
-inline constexpr int64_t kLeastChunk = 256, kBlockRows = 128, kBlockCenters = 128, kSumBlocks = 2;
+inline constexpr int64_t kLeastChunk = 256, kBlockRows = 256, kBlockCenters = 256, kSumBlocks = 4;
 #else
 inline constexpr int64_t kLeastChunk = 2048, kBlockRows = 2048, kBlockCenters = 2048, kSumBlocks = 128;
 #endif

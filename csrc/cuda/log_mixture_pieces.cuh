@@ -2,7 +2,7 @@
 //
 // A float32 number is split into three bfloat16 parts, h + m + l, each the rest of those before to 8 bits: l
 // is below 2^-16 of the whole, and what is left over below 2^-26. Six products make float32's: h h, h m, m h,
-// m m, h l, l h; those left out are below 2^-24 of the whole together. Those of 32 dimensions (or of as many
+// m m, h l, l h; those left out are below 2^-23 of the whole together. Those of 32 dimensions (or of as many
 // others, where weights multiply) are summed by the tensor cores, the small ones first, and then added in
 // float32: the tensor cores cut off what is below 2^-23 of a sum, which counts for the last few additions of
 // each slice alone, four of them. A slice's sum is within 2^-21 of the sum of its absolute products.

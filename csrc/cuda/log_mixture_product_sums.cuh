@@ -9,8 +9,9 @@
 // have 64 x 32 sums each. A slice takes 192 products of a warp, 36 loads of matrices and 64 additions a
 // thread: 2048 multiply-adds a product make 3072 clocks of an A100's tensor cores (1024 a clock), where the
 // loads take 1152 (of 512 bytes, 128 a clock) and the 48 KiB that arrive from L2 some 1000: the products are
-// the limit. They do 128 x 128 x 32 multiply-adds in that time, 171 a clock, where CUDA cores do 64 on an
-// A100 and 128 on an H100 and take two or three instructions for each, with the difference.
+// the limit, and on an H100, where they take half as long at best, still. They do 128 x 128 x 32
+// multiply-adds in that time, 171 a clock, where CUDA cores do 64 on an A100 and 128 on an H100 and take two
+// or three instructions for each, with the difference.
 #pragma once
 
 #include "log_mixture_sums.cuh"
