@@ -1,5 +1,5 @@
-// Weighted sums of differences for any dimension: posterior means and gradients, but where the tensor cores sum
-// products (log_mixture_product_sums.cuh).
+// Weighted sums of differences for any dimension: posterior means and gradients, but where the tensor cores
+// sum products (log_mixture_product_sums.cuh).
 //
 // Weights a_ij of a block of rows and a block of centres are written to memory, then multiply differences in
 // tiles of owners (rows or centres) x dimensions. Blocks depend on the number of centres alone in what a row
