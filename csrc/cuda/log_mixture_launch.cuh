@@ -34,7 +34,7 @@ inline bool in_float32(const MixtureInputs& in) { return in.storage != Storage::
 inline bool is_small(const MixtureInputs& in) {
   return in_float32(in) && in.d <= kFewDimensions && in.scale_kind != MixtureScale::per_dimension;
 }
-// Whether values alone are made of products.
+// Whether values alone are made of products, and the sums of means and gradients.
 inline bool multiplies(const MixtureInputs& in) {
   return in_float32(in) && in.d >= kManyDimensions && in.scale_kind != MixtureScale::per_dimension;
 }
