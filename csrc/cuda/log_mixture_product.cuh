@@ -1,39 +1,20 @@
-// Large dimensions on the tensor cores of sm_80 and newer: |x - y|^2 = |x'|^2 + |y'|^2 - 2 x' y' with x' and
-// y' taken from about the middle of the centres, in float64.
-//
-// Both are split into three bfloat16 parts, h + m + l with l below 2^-16 of the whole, and six products make
-// float32's: h h, h m, m h, m m, h l, l h. Those of 32 dimensions are summed by the tensor cores, the small
-// ones first, and then added in float32, so that the tensor cores' cutting off of sums counts for the last
-// few additions of each slice alone: q is within kProductError (|x'|^2 + |y'|^2). Where that is too much for
-// a row, log_mixture_rows.cuh does it again from differences: a row finds out by itself.
+// Values of large dimensions on the tensor cores of sm_80 and newer: |x - y|^2 = |x'|^2 + |y'|^2 - 2 x' y',
+// with x' y' made of six products of bfloat16 parts (log_mixture_pieces.cuh): q is within kProductError
+// (|x'|^2 + |y'|^2). Where that is too much for a row, log_mixture_rows.cuh does it again from differences: a
+// row finds out by itself.
 //
 // A block has 128 rows and walks over tiles of 128 centres; eight warps have 64 x 32 pairs each. A slice of
-// 32 dimensions takes 192 products of a warp, 24 loads of matrices and 64 additions a thread.
+// 32 dimensions takes 192 products of a warp, 36 loads of matrices and 64 additions a thread.
 #pragma once
 
+#include "log_mixture_pieces.cuh"
 #include "log_mixture_rows.cuh"
-#include "mma.cuh"
-#include "reduce.cuh"
 
 namespace refine_ext::cuda {
 
-inline constexpr int kProductThreads = 256;
-inline constexpr int kProductTile = 128;  // rows, and columns
-inline constexpr int kProductSlice = 32;
-inline constexpr int kProductParts = 3;
-inline constexpr int kProductPacks = kProductSlice / 8;  // of 16 bytes, of a row's part of a slice
-inline constexpr int kPiecePacks = kProductParts * kProductTile * kProductPacks;
-inline constexpr int kProductPieces = 3;  // in shared memory, of rows and columns each
-inline constexpr int kProductShared = kProductPieces * 2 * kPiecePacks * 16;
-inline constexpr int kOffsetSample = 1024;
 inline constexpr double kProductError = 1.0 / 2097152.0;  // 2^-21
 inline constexpr double kProductTolerance = 5e-6;         // of a value, or of one
 
-// Rows or centres in parts: [tile][slice][part][row][pack], as a piece lies in shared memory; norms of all.
-struct ProductOperand {
-  uint4* pieces;
-  float* norms;
-};
 struct ProductTask {
   MixtureTask mixture;
   ProductOperand rows, centers;
@@ -41,68 +22,6 @@ struct ProductTask {
   int64_t slices;
   int* direct;  // [m], whether a row is done again from differences
 };
-
-// Packs change places so that eight rows' are in different banks.
-__device__ __forceinline__ int place_of_pack(int row, int pack) {
-  return row * kProductPacks + (pack ^ (row / 2 % kProductPacks));
-}
-
-// A thread a dimension: the mean of some of the centres.
-// budget: registers 32, occupancy 100%
-__global__ void __launch_bounds__(kMixtureThreads)
-    mixture_offset_kernel(const MixtureInputs in, float* offset) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
-  if (k >= in.d) return;
-  const int64_t count = in.n < kOffsetSample ? in.n : kOffsetSample, apart = in.n / count;
-  double sum = 0.0;
-#pragma unroll 8
-  for (int64_t i = 0; i < count; ++i) sum += element<double>(in.centers, in.storage, i * apart * in.d + k);
-  offset[k] = static_cast<float>(sum / static_cast<double>(count));
-}
-
-// A warp a row of x, or a centre; those that fill the last tile up are zeros.
-// budget: registers 56, occupancy 56%
-__global__ void __launch_bounds__(kMixtureThreads)
-    mixture_split_kernel(const ProductTask task, bool centers, int64_t first, int64_t padded) {
-  const MixtureInputs& in = task.mixture.p.in;
-  const ProductOperand& to = centers ? task.centers : task.rows;
-  const void* const data = centers ? in.centers : in.x;
-  const int64_t count = centers ? in.n : in.m;
-  const Team team = my_team({kWarp, 1});
-  if (team.row >= padded) return;
-  const int64_t row = first + team.row, tile = row / kProductTile;
-  const int in_tile = static_cast<int>(row - tile * kProductTile);
-  double norm[1] = {0.0};
-  for (int64_t pack = team.rank; pack < task.slices * kProductPacks; pack += kWarp) {
-    BFloat16 parts[kProductParts][8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int64_t k = pack * 8 + i;
-      float rest = 0.0f;
-      if (row < count && k < in.d) {
-        rest = static_cast<float>(element<double>(data, in.storage, row * in.d + k) -
-                                  static_cast<double>(task.offset[k]));
-      }
-      norm[0] += static_cast<double>(rest) * static_cast<double>(rest);
-#pragma unroll
-      for (int part = 0; part < kProductParts; ++part) {
-        narrow(rest, parts[part][i]);
-        rest -= widen(parts[part][i]);
-      }
-    }
-    const int64_t slice = pack / kProductPacks;
-    uint4* const piece = to.pieces + (tile * task.slices + slice) * kPiecePacks;
-#pragma unroll
-    for (int part = 0; part < kProductParts; ++part) {
-      uint4 packed;
-      memcpy(&packed, parts[part], sizeof(packed));
-      piece[part * kProductTile * kProductPacks +
-            place_of_pack(in_tile, static_cast<int>(pack % kProductPacks))] = packed;
-    }
-  }
-  reduce_warp<Sum>(norm);
-  if (team.rank == 0) to.norms[row] = static_cast<float>(norm[0]);
-}
 
 __device__ __forceinline__ void write_product_row(const ProductTask& task, int64_t row,
                                                   const RowSums<0>& sums) {
@@ -114,7 +33,7 @@ __device__ __forceinline__ void write_product_row(const ProductTask& task, int64
 }
 
 // Values alone. Products fill the registers: what a tile of centres needs once is in local memory.
-// budget: registers 256, local 168, shared 8192, occupancy 12%
+// budget: registers 256, local 16, shared 8192, occupancy 12%
 __global__ void __launch_bounds__(kProductThreads) mixture_product_kernel(const ProductTask task) {
   constexpr int kOwn = 8, kTile = kProductTile;
   REFINE_EXT_DYNAMIC_SHARED(uint4, pieces);
@@ -127,9 +46,9 @@ __global__ void __launch_bounds__(kProductThreads) mixture_product_kernel(const 
   const LogMixtureProblem& p = mixture.p;
   const MixtureInputs& in = p.in;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int down = warp % 2 * 64, across = warp / 2 * 32;
-  const auto row_of = [&](int i) { return down + i / 2 * 16 + i % 2 * 8 + lane / 4; };
-  const auto column_of = [&](int c) { return across + c / 2 * 8 + lane % 4 * 2 + c % 2; };
+  const ProductPlace place;
+  const auto row_of = [&](int i) { return place.row(i); };
+  const auto column_of = [&](int c) { return place.column(c); };
   const int64_t part = blockIdx.x / mixture.row_tiles;
   const int64_t row_tile = blockIdx.x - part * mixture.row_tiles, first_row = row_tile * kTile;
   const int64_t first_chunk = mixture.parts ? part : 0;
@@ -198,42 +117,10 @@ __global__ void __launch_bounds__(kProductThreads) mixture_product_kernel(const 
         const uint4* const row_piece = pieces + slot * 2 * kPiecePacks;
         const uint4* const center_piece = row_piece + kPiecePacks;
         slot = slot == kProductPieces - 1 ? 0 : slot + 1;
-        float d[4][4][4] = {};
-        const auto multiply = [&](int row_part, int center_part) {
+        multiply_slice<false, false>(row_piece, center_piece, place, [&](int t, int u, const float (&d)[4]) {
 #pragma unroll
-          for (int step = 0; step < kProductSlice / 16; ++step) {
-            uint32_t b[2][4];
-#pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-              const int column = across + 16 * pair + lane / 16 * 8 + lane % 8;
-              load_matrices<false>(b[pair], center_piece + center_part * kTile * kProductPacks +
-                                                place_of_pack(column, 2 * step + lane / 8 % 2));
-            }
-#pragma unroll
-            for (int t = 0; t < 4; ++t) {
-              uint32_t a[4];
-              const int row = down + 16 * t + lane / 8 % 2 * 8 + lane % 8;
-              load_matrices<false>(
-                  a, row_piece + row_part * kTile * kProductPacks + place_of_pack(row, 2 * step + lane / 16));
-#pragma unroll
-              for (int u = 0; u < 4; ++u) {
-                const uint32_t two[2] = {b[u / 2][2 * (u % 2)], b[u / 2][2 * (u % 2) + 1]};
-                multiply_add(d[t][u], a, two);
-              }
-            }
-          }
-        };
-        multiply(0, 2);
-        multiply(2, 0);
-        multiply(1, 1);
-        multiply(0, 1);
-        multiply(1, 0);
-        multiply(0, 0);
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-#pragma unroll
-          for (int c = 0; c < kOwn; ++c) q[i][c] += d[i / 2][c / 2][i % 2 * 2 + c % 2];
-        }
+          for (int e = 0; e < 4; ++e) q[2 * t + e / 2][2 * u + e % 2] += d[e];
+        });
       }
       float slope[kOwn], weight[kOwn], norm[kOwn];
 #pragma unroll
