@@ -20,7 +20,7 @@
 #if defined(REFINE_EXT_CUDA_ON_CPU)
 #include "wgmma.h"
 #else
-// As REFINE_EXT_DYNAMIC_SHARED, aligned to more; one or the other in a file.
+// As REFINE_EXT_DYNAMIC_SHARED, aligned to more; one or the other in a kernel.
 #define REFINE_EXT_DYNAMIC_SHARED_ALIGNED(type, name, alignment) \
   extern __shared__ __align__(alignment)                         \
   unsigned char refine_ext_aligned_dynamic_shared_memory[];      \

@@ -117,7 +117,7 @@ def build_ops(sanitizer: str = "") -> Path:
             kind = SANITIZERS[sanitizer]
             instrumented = (source for source in kernels if not source.stem.endswith(kind.plain))
             checked = {source: [*CHECKED, *kind.flags] for source in instrumented}
-            checked |= dict.fromkeys(RUNTIME, [*OPS, kind.runtime])
+            checked |= {source: [*OPS, kind.runtime] for source in RUNTIME}
         plain = {source: OPS for source in [*kernels, *RUNTIME] if source not in checked}
         for source in [*(CSRC / "ops").glob("*_cuda.cpp"), CSRC / "ops" / "library.cpp"]:
             plain[source] = [*OPS, *torch_include]
@@ -136,7 +136,7 @@ def build_program(name: str, sanitizer: str) -> Path:
         if not target.exists():
             kind = SANITIZERS[sanitizer]
             sources = {HERE / f"{name}.cpp": [*CHECKED, *kind.flags]}
-            sources |= dict.fromkeys(RUNTIME, [*OPS, kind.runtime])
+            sources |= {source: [*OPS, kind.runtime] for source in RUNTIME}
             _make([COMPILER, *kind.flags, *_compile(sources, sanitizer)], target)
     return target
 
