@@ -9,6 +9,8 @@ millions, what the compute type cannot hold.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import emulator
 import log_mixture_reference
@@ -145,38 +147,57 @@ def test_references_are_raised(where, d):
         assert_near(mean, want[1], 1e-4, "mean")
 
 
+@contextmanager
+def instructions(where: str, hopper: bool) -> Iterator[None]:
+    """Within, products are Hopper's own instructions, which are taken only where they are asked for; or are not."""
+    if hopper and where == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    with pytest.MonkeyPatch.context() as patch, emulator.launches(where) as launched:
+        patch.setenv("REFINE_EXT_WGMMA", str(int(hopper)))
+        yield
+    assert any("hopper_product_kernel" in name for name in launched) == hopper
+    assert any("mixture_product_kernel" in name for name in launched) != hopper
+
+
+either_instructions = pytest.mark.parametrize("hopper", [False, True], ids=["mma", "wgmma"])
+
+
 @everywhere
+@either_instructions
 @pytest.mark.sanitized
-def test_few_products(where):
-    check(where, problem(3, 260, 64, f32, "shared", False, True), mean=False, stats=False)
+def test_few_products(where, hopper):
+    with instructions(where, hopper):
+        check(where, problem(3, 260, 64, f32, "shared", False, True), mean=False, stats=False)
 
 
 @everywhere
+@either_instructions
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_products(where, offset, monkeypatch):
+def test_products(where, hopper, offset, monkeypatch):
     """Of many dimensions values alone are products: tiles that are not full, every option, far from the origin.
 
     A narrow scale, rows far away and such that are not finite are done from differences; a row knows by itself.
     """
-    for multiprocessors, m, n, d, kind, width in (
-        (1, 130, 600, 70, "per_center", 0.7),
-        (2, 5, 1100, 64, "shared", 0.7),
-        (2, 9, 40, 97, "shared", 0.02),
-    ):
-        monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", str(multiprocessors))
-        x, centers, scale, log_weights, exclude = problem(m, n, d, f32, kind, kind == "shared", True, width)
-        inputs = x + offset, centers + offset, scale, log_weights, exclude
-        want = cpu.log_mixture(*widened(inputs), False, False)[0]
-        got = run(where, "log_mixture", *inputs, False, False)[0]
-        # Errors of q are up to 2^-21 of the norms, or some roundings of it where these are too large.
-        assert ((got - want).abs() <= 1e-5 * want.abs().clamp(min=1)).all()
-        inputs[0][0], inputs[0][1, 3], inputs[0][2] = 1e4, math.nan, 3e25
-        other = run(where, "log_mixture", *inputs, False, False)[0]
-        assert torch.equal(other[3:], got[3:]) and other[1].isnan()
-        far = cpu.log_mixture(*widened(inputs), False, False)[0][[0, 2]]
-        assert ((other[[0, 2]] - far).abs() <= 1e-5 * far.abs()).all()
-        alone = inputs[0][4:5], *inputs[1:4], exclude[4:5]
-        assert torch.equal(run(where, "log_mixture", *alone, False, False)[0], got[4:5])
+    with instructions(where, hopper):
+        for multiprocessors, m, n, d, kind, width in (
+            (1, 130, 600, 70, "per_center", 0.7),
+            (2, 5, 1100, 64, "shared", 0.7),
+            (2, 9, 40, 97, "shared", 0.02),
+        ):
+            monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", str(multiprocessors))
+            x, centers, scale, log_weights, exclude = problem(m, n, d, f32, kind, kind == "shared", True, width)
+            inputs = x + offset, centers + offset, scale, log_weights, exclude
+            want = cpu.log_mixture(*widened(inputs), False, False)[0]
+            got = run(where, "log_mixture", *inputs, False, False)[0]
+            # Errors of q are up to 2^-21 of the norms, or some roundings of it where these are too large.
+            assert ((got - want).abs() <= 1e-5 * want.abs().clamp(min=1)).all()
+            inputs[0][0], inputs[0][1, 3], inputs[0][2] = 1e4, math.nan, 3e25
+            other = run(where, "log_mixture", *inputs, False, False)[0]
+            assert torch.equal(other[3:], got[3:]) and other[1].isnan()
+            far = cpu.log_mixture(*widened(inputs), False, False)[0][[0, 2]]
+            assert ((other[[0, 2]] - far).abs() <= 1e-5 * far.abs()).all()
+            alone = inputs[0][4:5], *inputs[1:4], exclude[4:5]
+            assert torch.equal(run(where, "log_mixture", *alone, False, False)[0], got[4:5])
 
 
 @everywhere

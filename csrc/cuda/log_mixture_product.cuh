@@ -11,41 +11,10 @@
 // 32 dimensions takes 192 products of a warp, 24 loads of matrices and 64 additions a thread.
 #pragma once
 
-#include "log_mixture_rows.cuh"
-#include "mma.cuh"
+#include "log_mixture_product_rows.cuh"
 #include "reduce.cuh"
 
 namespace refine_ext::cuda {
-
-inline constexpr int kProductThreads = 256;
-inline constexpr int kProductTile = 128;  // rows, and columns
-inline constexpr int kProductSlice = 32;
-inline constexpr int kProductParts = 3;
-inline constexpr int kProductPacks = kProductSlice / 8;  // of 16 bytes, of a row's part of a slice
-inline constexpr int kPiecePacks = kProductParts * kProductTile * kProductPacks;
-inline constexpr int kProductPieces = 3;  // in shared memory, of rows and columns each
-inline constexpr int kProductShared = kProductPieces * 2 * kPiecePacks * 16;
-inline constexpr int kOffsetSample = 1024;
-inline constexpr double kProductError = 1.0 / 2097152.0;  // 2^-21
-inline constexpr double kProductTolerance = 5e-6;         // of a value, or of one
-
-// Rows or centres in parts: [tile][slice][part][row][pack], as a piece lies in shared memory; norms of all.
-struct ProductOperand {
-  uint4* pieces;
-  float* norms;
-};
-struct ProductTask {
-  MixtureTask mixture;
-  ProductOperand rows, centers;
-  const float* offset;  // [d]
-  int64_t slices;
-  int* direct;  // [m], whether a row is done again from differences
-};
-
-// Packs change places so that eight rows' are in different banks.
-__device__ __forceinline__ int place_of_pack(int row, int pack) {
-  return row * kProductPacks + (pack ^ (row / 2 % kProductPacks));
-}
 
 // A thread a dimension: the mean of some of the centres.
 // budget: registers 32, occupancy 100%
@@ -96,221 +65,84 @@ __global__ void __launch_bounds__(kMixtureThreads)
     for (int part = 0; part < kProductParts; ++part) {
       uint4 packed;
       memcpy(&packed, parts[part], sizeof(packed));
-      piece[part * kProductTile * kProductPacks +
-            place_of_pack(in_tile, static_cast<int>(pack % kProductPacks))] = packed;
+      piece[part * kPartPacks + place_of_pack(in_tile, static_cast<int>(pack % kProductPacks))] = packed;
     }
   }
   reduce_warp<Sum>(norm);
   if (team.rank == 0) to.norms[row] = static_cast<float>(norm[0]);
 }
 
-__device__ __forceinline__ void write_product_row(const ProductTask& task, int64_t row,
-                                                  const RowSums<0>& sums) {
-  // `largest` is the largest error of an exponent.
-  const double value = mixture_value(sums.state), error = kLn2 * sums.state.largest;
-  const double size = value < 0.0 ? -value : value;
-  task.mixture.p.value[row] = value;
-  task.direct[row] = !(error <= kProductTolerance * (size > 1.0 ? size : 1.0));
-}
+// How the warps of a block divide its tile on the tensor cores of sm_80 and newer: two of them down, four
+// across, 64 x 32 pairs each.
+struct WarpProducts {
+  static constexpr int kPieces = 3;              // in shared memory, of rows and columns each
+  static constexpr int kBuffers = 1;             // for what a tile of centres needs
+  static constexpr int kRows = 8, kColumns = 8;  // of a thread
+  static constexpr int kShares = 4;              // warps that share a row
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int down = static_cast<int>(threadIdx.x) / kWarp % 2 * 64;
+  const int across = static_cast<int>(threadIdx.x) / kWarp / 2 * 32;
+
+  __device__ __forceinline__ int row(int i) const { return down + i / 2 * 16 + i % 2 * 8 + lane / 4; }
+  __device__ __forceinline__ int column(int c) const { return across + c / 2 * 8 + lane % 4 * 2 + c % 2; }
+  __device__ __forceinline__ int share() const { return across / 32; }
+
+  __device__ __forceinline__ void begin() const {}
+
+  // Adds a slice's products to q. refill(): the piece before this one may be overwritten.
+  template <class Refill>
+  __device__ __forceinline__ void add(const uint4* row_piece, Refill&& refill,
+                                      float (&q)[kRows][kColumns]) const {
+    wait_copies<kPieces - 2>();
+    __syncthreads();
+    refill();
+    const uint4* const center_piece = row_piece + kPiecePacks;
+    float d[4][4][4] = {};
+    const auto multiply = [&](int row_part, int center_part) {
+#pragma unroll
+      for (int step = 0; step < kProductSlice / 16; ++step) {
+        uint32_t b[2][4];
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const int own = across + 16 * pair + lane / 16 * 8 + lane % 8;
+          load_matrices<false>(
+              b[pair], center_piece + center_part * kPartPacks + place_of_pack(own, 2 * step + lane / 8 % 2));
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          uint32_t a[4];
+          const int own = down + 16 * t + lane / 8 % 2 * 8 + lane % 8;
+          load_matrices<false>(a,
+                               row_piece + row_part * kPartPacks + place_of_pack(own, 2 * step + lane / 16));
+#pragma unroll
+          for (int u = 0; u < 4; ++u) {
+            const uint32_t two[2] = {b[u / 2][2 * (u % 2)], b[u / 2][2 * (u % 2) + 1]};
+            multiply_add(d[t][u], a, two);
+          }
+        }
+      }
+    };
+    multiply(0, 2);
+    multiply(2, 0);
+    multiply(1, 1);
+    multiply(0, 1);
+    multiply(1, 0);
+    multiply(0, 0);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) q[i][c] += d[i / 2][c / 2][i % 2 * 2 + c % 2];
+    }
+  }
+};
 
 // Values alone. Products fill the registers: what a tile of centres needs once is in local memory.
 // budget: registers 256, local 168, shared 8192, occupancy 12%
 __global__ void __launch_bounds__(kProductThreads) mixture_product_kernel(const ProductTask task) {
-  constexpr int kOwn = 8, kTile = kProductTile;
   REFINE_EXT_DYNAMIC_SHARED(uint4, pieces);
-  REFINE_EXT_SHARED(float, norms, [kTile]);
-  REFINE_EXT_SHARED(float, slopes, [kTile]);
-  REFINE_EXT_SHARED(float, weights, [kTile]);
-  REFINE_EXT_SHARED(float, row_norms, [kTile]);
-  REFINE_EXT_SHARED(float, shares, [3][kTile / 32][kTile]);  // of a row: reference, sum and error
-  const MixtureTask& mixture = task.mixture;
-  const LogMixtureProblem& p = mixture.p;
-  const MixtureInputs& in = p.in;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int down = warp % 2 * 64, across = warp / 2 * 32;
-  const auto row_of = [&](int i) { return down + i / 2 * 16 + i % 2 * 8 + lane / 4; };
-  const auto column_of = [&](int c) { return across + c / 2 * 8 + lane % 4 * 2 + c % 2; };
-  const int64_t part = blockIdx.x / mixture.row_tiles;
-  const int64_t row_tile = blockIdx.x - part * mixture.row_tiles, first_row = row_tile * kTile;
-  const int64_t first_chunk = mixture.parts ? part : 0;
-  const int64_t last_chunk = mixture.parts ? part + 1 : mixture.chunks;
-  const float shared = shared_slope<float>(in);
-  const int64_t own = first_row + thread;
-  const bool writes = thread < kTile && own < in.m;
-  if (thread < kTile) row_norms[thread] = task.rows.norms[first_row + thread];
-
-  // Pieces arrive in the order in which they are multiplied: slices within tiles of centres.
-  const int64_t first_tile = first_chunk * mixture.chunk / kTile;
-  const int64_t end_center = last_chunk * mixture.chunk < in.n ? last_chunk * mixture.chunk : in.n;
-  int64_t left = ((end_center + kTile - 1) / kTile - first_tile) * task.slices;
-  const uint4* next_center = task.centers.pieces + first_tile * task.slices * kPiecePacks + thread;
-  const uint4* const rows_begin = task.rows.pieces + row_tile * task.slices * kPiecePacks + thread;
-  int64_t next_slice = 0;
-  const auto fetch = [&](int slot) {
-    if (left > 0) {
-      uint4* const to = pieces + slot * 2 * kPiecePacks + thread;
-#pragma unroll
-      for (int i = 0; i < kPiecePacks; i += kProductThreads) {
-        copy_async(to + i, rows_begin + next_slice * kPiecePacks + i);
-        copy_async(to + kPiecePacks + i, next_center + i);
-      }
-    }
-    commit_copies();
-    --left;
-    next_center += kPiecePacks;
-    next_slice = next_slice + 1 == task.slices ? 0 : next_slice + 1;
-  };
-  fetch(0);
-  fetch(1);
-  int slot = 0;
-
-  RowSums<0> total{};
-#pragma unroll 1
-  for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
-    const int64_t begin = chunk * mixture.chunk;
-    const int64_t end = begin + mixture.chunk < in.n ? begin + mixture.chunk : in.n;
-    ThreadSums<float, 0, false, false> sums;
-    sums.clear();
-    float steepest = 0.0f, widest = 0.0f;  // largest -slope, and largest -slope |y'|^2
-#pragma unroll 1
-    for (int64_t first = begin; first < end; first += kTile) {
-      const int here = static_cast<int>(end - first < kTile ? end - first : kTile);
-      __syncthreads();
-      if (thread < kTile) {
-        const int64_t j = first + thread;
-        const bool exists = thread < here;
-        norms[thread] = task.centers.norms[j];
-        const bool each = in.scale_kind == MixtureScale::per_center;
-        slopes[thread] = !exists ? 0.0f : each ? slope_of_scale(scale_of<float>(in, j)) : shared;
-        weights[thread] = exists ? log2_weight_of<float>(in, j) : 0.0f;
-      }
-      float q[kOwn][kOwn];
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-#pragma unroll
-        for (int c = 0; c < kOwn; ++c) q[i][c] = 0.0f;
-      }
-#pragma unroll 1
-      for (int64_t slice = 0; slice < task.slices; ++slice) {
-        wait_copies<1>();
-        __syncthreads();
-        fetch(slot == 0 ? kProductPieces - 1 : slot - 1);  // which everybody has read
-        const uint4* const row_piece = pieces + slot * 2 * kPiecePacks;
-        const uint4* const center_piece = row_piece + kPiecePacks;
-        slot = slot == kProductPieces - 1 ? 0 : slot + 1;
-        float d[4][4][4] = {};
-        const auto multiply = [&](int row_part, int center_part) {
-#pragma unroll
-          for (int step = 0; step < kProductSlice / 16; ++step) {
-            uint32_t b[2][4];
-#pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-              const int column = across + 16 * pair + lane / 16 * 8 + lane % 8;
-              load_matrices<false>(b[pair], center_piece + center_part * kTile * kProductPacks +
-                                                place_of_pack(column, 2 * step + lane / 8 % 2));
-            }
-#pragma unroll
-            for (int t = 0; t < 4; ++t) {
-              uint32_t a[4];
-              const int row = down + 16 * t + lane / 8 % 2 * 8 + lane % 8;
-              load_matrices<false>(
-                  a, row_piece + row_part * kTile * kProductPacks + place_of_pack(row, 2 * step + lane / 16));
-#pragma unroll
-              for (int u = 0; u < 4; ++u) {
-                const uint32_t two[2] = {b[u / 2][2 * (u % 2)], b[u / 2][2 * (u % 2) + 1]};
-                multiply_add(d[t][u], a, two);
-              }
-            }
-          }
-        };
-        multiply(0, 2);
-        multiply(2, 0);
-        multiply(1, 1);
-        multiply(0, 1);
-        multiply(1, 0);
-        multiply(0, 0);
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-#pragma unroll
-          for (int c = 0; c < kOwn; ++c) q[i][c] += d[i / 2][c / 2][i % 2 * 2 + c % 2];
-        }
-      }
-      float slope[kOwn], weight[kOwn], norm[kOwn];
-#pragma unroll
-      for (int c = 0; c < kOwn; ++c) {
-        slope[c] = slopes[column_of(c)];
-        weight[c] = weights[column_of(c)];
-        norm[c] = norms[column_of(c)];
-        const float steep = -slope[c], wide = steep * norm[c];
-        // NaN stays.
-        steepest = steep <= steepest ? steepest : steep;
-        widest = wide <= widest ? widest : wide;
-      }
-      unsigned special = here < kTile ? (1u << kOwn) - 1u : 0u;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float row_norm = row_norms[row_of(i)];
-#pragma unroll
-        for (int c = 0; c < kOwn; ++c) {
-          const float square = fused(-2.0f, q[i][c], row_norm + norm[c]);
-          q[i][c] = square < 0.0f ? 0.0f : square;
-        }
-        if (!in.exclude) continue;
-        const int64_t row = first_row + row_of(i);
-        const int64_t place = (row < in.m ? in.exclude[row] : int64_t{-1}) - first;
-        special |= place >= 0 && place < kTile ? 1u << i : 0u;
-      }
-      const auto out = [&](int i, int c) {
-        const int64_t row = first_row + row_of(i);
-        return column_of(c) >= here || (in.exclude && row < in.m && in.exclude[row] == first + column_of(c));
-      };
-      add_batch<true>(
-          sums, slope, weight, special, 0, [&](int i, int c) { return q[i][c]; },
-          [](int, int) { return 0.0f; }, out, [](int) {});
-    }
-    sums.put_together(4);
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      const float steep = __shfl_xor_sync(kFullMask, steepest, distance);
-      const float wide = __shfl_xor_sync(kFullMask, widest, distance);
-      steepest = steep <= steepest ? steepest : steep;
-      widest = wide <= widest ? widest : wide;
-    }
-    __syncthreads();
-    if (lane % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const int row = row_of(i);
-        shares[0][warp / 2][row] = sums.reference[i];
-        shares[1][warp / 2][row] = sums.sum[i];
-        shares[2][warp / 2][row] =
-            static_cast<float>(kProductError) * (fused(steepest, row_norms[row], widest));
-      }
-    }
-    __syncthreads();
-    if (thread < kTile) {
-      RowSums<0> here{};
-      here.state.largest = 0.0;
-      here.state.index = 0;
-#pragma unroll
-      for (int w = 0; w < kTile / 32; ++w) {
-        RowSums<0> share{};
-        const float reference = shares[0][w][thread], sum = shares[1][w][thread];
-        const bool none = reference == kLowest<float> && sum == 0.0f;
-        share.state.reference = none ? -kInfinity<double> : static_cast<double>(reference);
-        share.state.sum = static_cast<double>(sum);
-        share.state.largest = static_cast<double>(shares[2][w][thread]);
-        share.state.index = 0;
-        here.add(share);
-      }
-      if (!mixture.parts) {
-        total.add(here);
-      } else if (writes) {
-        static_cast<RowSums<0>*>(mixture.parts)[chunk * in.m + own] = here;
-      }
-    }
-  }
-  if (!mixture.parts && writes) write_product_row(task, own, total);
+  REFINE_EXT_SHARED(ProductShared<WarpProducts>, shared, [1]);
+  product_rows<WarpProducts>(task, pieces, shared[0]);
 }
 
 // A thread a row: the chunks' sums in their order.
