@@ -155,7 +155,7 @@ def instructions(where: str, hopper: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, emulator.launches(where) as launched:
         patch.setenv("REFINE_EXT_WGMMA", str(int(hopper)))
         yield
-    assert any("hopper_product_kernel" in name for name in launched) == hopper
+    assert any("hopper_mixture_kernel" in name for name in launched) == hopper
     assert any("mixture_product_kernel" in name for name in launched) != hopper
 
 
@@ -191,6 +191,8 @@ def test_products(where, hopper, offset, monkeypatch):
             got = run(where, "log_mixture", *inputs, False, False)[0]
             # Errors of q are up to 2^-21 of the norms, or some roundings of it where these are too large.
             assert ((got - want).abs() <= 1e-5 * want.abs().clamp(min=1)).all()
+            # Nor were they NaN, which float64's arithmetic would have made good.
+            assert ((got - want).abs() > 1e-12 * want.abs()).double().mean() > 0.75
             inputs[0][0], inputs[0][1, 3], inputs[0][2] = 1e4, math.nan, 3e25
             other = run(where, "log_mixture", *inputs, False, False)[0]
             assert torch.equal(other[3:], got[3:]) and other[1].isnan()
@@ -198,6 +200,24 @@ def test_products(where, hopper, offset, monkeypatch):
             assert ((other[[0, 2]] - far).abs() <= 1e-5 * far.abs()).all()
             alone = inputs[0][4:5], *inputs[1:4], exclude[4:5]
             assert torch.equal(run(where, "log_mixture", *alone, False, False)[0], got[4:5])
+
+
+@everywhere
+@either_instructions
+def test_every_product_of_parts_counts(where, hopper):
+    """Parts as large as they come, of one sign in all dimensions: a row is at a centre, and each product is needed.
+
+    v is 1 + m + l with m = 2^-8 - 2^-15 and l = 2^-17: without m m, or h l, |x - y|^2 is 2^-15, or 2^-16, of the norm
+    off. The slope makes the most that a norm may count for, kProductTolerance: that is 1.6e-4, or 8e-5, of the value.
+    """
+    d, v = 64, 1 + 2.0**-8 - 2.0**-15 + 2.0**-17
+    assert torch.tensor(v, dtype=f32).item() == v
+    signs = torch.randint(2, (150, d)).float() * 2 - 1
+    centers = v * torch.cat([signs, -signs])  # around the origin
+    inputs = centers[:9].clone(), centers, torch.tensor((d / 2 / 5.1) ** 0.5), None, None
+    with instructions(where, hopper):
+        got = run(where, "log_mixture", *inputs, False, False)[0]
+    assert ((got - cpu.log_mixture(*widened(inputs), False, False)[0]).abs() <= 1e-5).all()
 
 
 @everywhere

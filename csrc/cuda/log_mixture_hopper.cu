@@ -12,7 +12,6 @@
 // L2 cache, 32 bytes a clock: together the 128 bytes a clock that shared memory has. Both are limits, of
 // which no GPU has said yet which comes first: none has run this kernel (hopper.h). Additions are 128 of the
 // clocks.
-#include "hopper.h"
 #include "log_mixture_hopper.cuh"
 #include "wgmma.cuh"
 
@@ -76,8 +75,8 @@ struct WarpgroupProducts {
 };
 
 // Shared memory is more than a block has without asking, and swizzles by address: pieces begin on 1024 bytes.
-// budget: registers 256, shared 5120, occupancy 12%
-__global__ void __launch_bounds__(kProductThreads, 1) hopper_product_kernel(const ProductTask task) {
+// budget: registers 208, shared 5120, occupancy 12%
+__global__ void __launch_bounds__(kProductThreads, 1) hopper_mixture_kernel(const ProductTask task) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REFINE_EXT_CUDA_ON_CPU)
   REFINE_EXT_DYNAMIC_SHARED_ALIGNED(uint4, pieces, 1024);
   REFINE_EXT_SHARED(ProductShared<WarpgroupProducts>, shared, [1]);
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) hopper_product_kernel(cons
 }
 
 void launch_hopper_products(const char* op, const ProductTask& task, int64_t blocks, void* stream) {
-  launch_with_shared(op, hopper_product_kernel, blocks, kProductThreads, kProductBytes<WarpgroupProducts>,
+  launch_with_shared(op, hopper_mixture_kernel, blocks, kProductThreads, kProductBytes<WarpgroupProducts>,
                      stream, task);
 }
 

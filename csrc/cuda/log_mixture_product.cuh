@@ -8,7 +8,7 @@
 // a row, log_mixture_rows.cuh does it again from differences: a row finds out by itself.
 //
 // A block has 128 rows and walks over tiles of 128 centres; eight warps have 64 x 32 pairs each. A slice of
-// 32 dimensions takes 192 products of a warp, 24 loads of matrices and 64 additions a thread.
+// 32 dimensions takes 192 products of a warp, 36 loads of matrices and 64 additions a thread.
 #pragma once
 
 #include "log_mixture_product_rows.cuh"
@@ -138,7 +138,7 @@ struct WarpProducts {
 };
 
 // Values alone. Products fill the registers: what a tile of centres needs once is in local memory.
-// budget: registers 256, local 168, shared 8192, occupancy 12%
+// budget: registers 256, local 96, shared 8192, occupancy 12%
 __global__ void __launch_bounds__(kProductThreads) mixture_product_kernel(const ProductTask task) {
   REFINE_EXT_DYNAMIC_SHARED(uint4, pieces);
   REFINE_EXT_SHARED(ProductShared<WarpProducts>, shared, [1]);

@@ -6,8 +6,9 @@
 namespace cuda_on_cpu {
 namespace {
 
-// What sums hold while a product may write them: NaN, and no sum of bytes that a test would have.
-constexpr uint32_t kUnknown = 0xfff8a5a5u;
+// What sums hold while a product may write them: as a float 10^7, which unlike NaN nobody sets right, and no
+// sum of bytes that a test would have.
+constexpr uint32_t kUnknown = 0x4b1a5a5au;
 
 // ---- matrix descriptors, K-major (PTX ISA, "Matrix Descriptor Format" and "Swizzling Modes")
 
