@@ -167,9 +167,9 @@ either_instructions = pytest.mark.parametrize("hopper", [False, True], ids=["mma
 @pytest.mark.sanitized
 def test_few_products(where, hopper):
     """More pieces than wait in shared memory: places are used again."""
-    d = 97 if hopper else 64
+    inputs = problem(3, 260, 97 if hopper else 64, f32, "shared", False, True)
     with instructions(where, hopper):
-        check(where, problem(3, 260, d, f32, "shared", False, True), mean=False, stats=False, wanted=0 if hopper else 15)
+        check(where, inputs, mean=False, stats=False, wanted=0 if hopper else 15)
 
 
 @everywhere
