@@ -105,6 +105,20 @@ def test_no_atomics(compiled):
     assert not [str(kernel) for kernel in compiled if kernel.count(r"ATOM|RED\b")]
 
 
+def test_products_of_parts(compiled):
+    """Six products of bfloat16 parts for one of float32, matrices loaded once, nothing in local memory between."""
+    for name in ("mixture_product_kernel", "mixture_product_sums_kernel"):
+        mine = [kernel for kernel in compiled if kernel.source.name == name]
+        assert mine
+        for kernel in mine:
+            assert kernel.count(r"HMMA\.16816\.F32\.BF16") == kernel.count(r"[A-Z]*MMA") == 6 * 32, str(kernel)
+            assert kernel.count(r"LDSM\.16\.") == 36, str(kernel)
+            opcodes = [opcode for opcode, _ in kernel.instructions]
+            places = [i for i, opcode in enumerate(opcodes) if re.match(r"HMMA|LDSM", opcode)]
+            between = opcodes[places[0] : places[-1]]
+            assert not [opcode for opcode in between if re.match(r"LDL|STL", opcode)], str(kernel)
+
+
 def test_products_of_bytes(compiled):
     """Sums of signs are the tensor cores' alone: no other product of theirs, and Hopper's not one at a time."""
     kinds = {"sums_kernel": (r"IMMA\.16832\.U8\.[SU]8", 32), "hopper_sums_kernel": (r"IGMMA\.64x64x32\.U8\.[SU]8", 8)}

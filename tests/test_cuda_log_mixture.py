@@ -170,6 +170,8 @@ def test_few_products(where, hopper):
     inputs = problem(3, 260, 97 if hopper else 64, f32, "shared", False, True)
     with instructions(where, hopper):
         check(where, inputs, mean=False, stats=False, wanted=0 if hopper else 15)
+    if not hopper:
+        check(where, problem(3, 130, 64, f32, "per_center", False, True), stats=False, wanted=0)
 
 
 @everywhere
@@ -220,6 +222,90 @@ def test_every_product_of_parts_counts(where, hopper):
     with instructions(where, hopper):
         got = run(where, "log_mixture", *inputs, False, False)[0]
     assert ((got - cpu.log_mixture(*widened(inputs), False, False)[0]).abs() <= 1e-5).all()
+
+
+@everywhere
+@pytest.mark.parametrize(("d", "offset"), [(64, 0.0), (97, 1e3), (160, 0.0)])
+def test_means_of_products(where, d, offset):
+    """Of many dimensions means are sums of products: to float32's accuracy of the data's width, wherever they are.
+
+    With a few weights that no distance changes, other ones for rows that leave out another centre, and with one, so
+    that the sums' error is all there is: less than 2^-20 of the sum of their absolute terms, and a rounding of what is
+    stored. Some centres are far away, and have no weight.
+    """
+    x, centers, scale, log_weights, _ = problem(130, 300, d, f32, "per_center", True, False)
+    check(where, (x, centers, scale, log_weights, torch.randint(-1, 300, (130,))), stats=False, wanted=0)
+    x, centers = x + offset, centers + offset
+    middle = centers.double().mean(0)
+
+    def assert_summed(got: Tensor, p: Tensor) -> None:
+        want, size = p @ centers.double(), p @ (centers.double() - middle).abs()
+        # The offset is about the middle.
+        assert ((got - want).abs() <= 2.0**-20 * (size + 0.2) + 2.0**-24 * want.abs()).all()
+
+    log_weights, exclude = -0.5 * torch.arange(300.0), torch.arange(130) % 12
+    few = log_weights.double().expand(130, 300).scatter(1, exclude[:, None], -math.inf).softmax(1)
+    assert_summed(run(where, "log_mixture", x, centers, torch.tensor(1e6), log_weights, exclude, True, False)[1], few)
+    far = torch.cat([centers, torch.tensor([[1e30], [math.inf], [-1e6]]).expand(3, d)])
+    one = torch.nn.functional.one_hot(torch.cdist(x.double(), centers.double()).argmin(1), 300).double()
+    assert_summed(run(where, "log_mixture", x, far, torch.tensor(1e-3), None, None, True, False)[1], one)
+
+
+def gradients(where: str, inputs, grad: Tensor, wanted: int = 15) -> list[Tensor]:
+    value = run(where, "log_mixture", *inputs, False, False)[0]
+    return run(where, "log_mixture_backward", grad, value, *inputs, wanted)
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("n", "d", "kind", "offset"),
+    [(130, 64, "per_center", 0.0), (300, 64, "shared", 1e3), (130, 160, "per_center", 1e3)],
+)
+def test_gradients_of_products(where, n, d, kind, offset):
+    """Of many dimensions gradients are sums of products: of all at once and one by one, with rows that do not count.
+
+    Of several tiles in a block of weights, and of several blocks.
+    """
+    x, centers, scale, log_weights, exclude = problem(n, n, d, f32, kind, True, True)
+    x, centers = x + offset, centers + offset
+    grad = torch.randn(n, dtype=f64)
+    x[3, 5], grad[3], grad[4] = math.nan, 0, 0
+    centers[7, 1] = math.inf
+    inputs = x, centers, scale, log_weights, exclude
+    value = cpu.log_mixture(*widened(inputs), False, False)[0]
+    wants = cpu.log_mixture_backward(grad, value, *widened(inputs), 15)
+    grads = gradients(where, inputs, grad)
+    for bit, one, want in zip((X, CENTERS, SCALE, LOG_WEIGHTS), grads, wants, strict=True):
+        assert_near(one, want, TOLERANCE[f32], ("gradient", bit))
+    for bit in (X, CENTERS) if n == 130 and d == 64 else ():
+        assert torch.equal(gradients(where, inputs, grad, bit)[bit.bit_length() - 1], grads[bit.bit_length() - 1])
+    alone = x[9:10], centers, scale, log_weights, exclude[9:10]
+    assert torch.equal(gradients(where, alone, grad[9:10], X)[0][0], grads[0][9])
+
+
+@everywhere
+@pytest.mark.parametrize("kind", ["shared", "per_center"])
+def test_gradients_of_narrow_scales(where, kind):
+    """Beside a scale much less than the data's width products would be too coarse: then gradients are differences.
+
+    So they are where a centre is far away; it has no weight, and the others' gradients are the same but for rounding.
+    Sums of products are off by 2^-21 of the width of 4, sums of differences by a few roundings of the scale.
+    """
+    x, centers, scale, *_ = problem(20, 40, 64, f32, kind, False, False, 0.005)
+    x = centers[torch.arange(20) * 2] + scale.mean() * torch.randn(20, 64)
+    grad = torch.randn(20, dtype=f64)
+    for width, tolerance in ((1.0, 1e-6), (50.0, 1e-5)):
+        inputs = x, centers, scale * width, None, None
+        value = cpu.log_mixture(*widened(inputs), False, False)[0]
+        wants = cpu.log_mixture_backward(grad, value, *widened(inputs), 15)
+        got = gradients(where, inputs, grad)
+        for one, want in zip(got[:3], wants, strict=False):
+            assert_near(one, want, tolerance, (kind, width))
+        far = torch.cat([centers, torch.full((1, 64), 1e6)])
+        scales = torch.cat([inputs[2], inputs[2][:1]]) if kind == "per_center" else inputs[2]
+        other = gradients(where, (x, far, scales, None, None), grad)
+        assert_near(other[0], wants[0], tolerance, (kind, width, "far"))
+        assert torch.equal(other[0], got[0]) == (width == 1.0)
 
 
 @everywhere
@@ -323,8 +409,39 @@ def test_a_row_at_infinity_has_no_weight(where, d, dtype):
 
 
 @everywhere
+@pytest.mark.parametrize("dtype", [f64, f32], ids=str)
+@pytest.mark.parametrize("d", [2, pytest.param(6, marks=sanitized), 66])
+def test_a_center_at_infinity_has_no_weight(where, d, dtype):
+    """Nor a part in any mean or gradient but its own, which is zero; not even of a row that is there too."""
+    for kind in ("shared", "per_center", "per_dimension"):
+        x, centers, scale, log_weights, exclude = problem(40, 30, d, dtype, kind, True, True)
+        centers[0, 0], centers[7, 1], centers[29] = math.inf, -math.inf, math.inf
+        exclude[:3] = torch.tensor([0, 7, -1])
+        check(where, (x, centers, scale, log_weights, exclude))
+        x[2, 1], x[5] = -math.inf, math.inf
+        check(where, (x, centers, scale, None, exclude))
+
+
+@everywhere
+@pytest.mark.parametrize("d", [2, 6, 66])
+def test_a_center_of_nan_makes_nan(where, d):
+    """In the places where it does on the CPU: all that it counts for."""
+    x, centers, scale, log_weights, exclude = problem(40, 30, d, f32, "shared", True, True)
+    centers[4, 1], exclude[:3] = math.nan, torch.tensor([4, -1, 3])
+    value, mean, stats, _ = run(where, "log_mixture", x, centers, scale, log_weights, exclude, True, True)
+    want = cpu.log_mixture(x, centers, scale, log_weights, exclude, True, True)
+    for one, other in zip((value, mean, stats), want, strict=False):
+        assert torch.equal(one.isnan(), other.isnan())
+    grad = torch.randn(40, dtype=f64)
+    grads = run(where, "log_mixture_backward", grad, value, x, centers, scale, log_weights, exclude, 15)
+    wants = cpu.log_mixture_backward(grad, want[0], x, centers, scale, log_weights, exclude, 15)
+    for one, other in zip(grads, wants, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@everywhere
 def test_nothing(where):
-    for d in (2, 6):
+    for d in (2, 6, 66):
         x, centers, scale, *_ = problem(0, 7, d, f32, "shared", False, False)
         value, mean, stats, top = run(where, "log_mixture", x, centers, scale, None, None, True, True)
         assert [len(t) for t in (value, mean, stats, top)] == [0] * 4
@@ -334,8 +451,8 @@ def test_nothing(where):
 
 @pytest.mark.parametrize("order", ["reverse", "shuffled"])
 def test_the_order_of_blocks_does_not_matter(order, monkeypatch):
-    for d in (2, 6):
-        inputs = problem(150, 600, d, f32, "shared", True, True)
+    for d, n in ((2, 600), (6, 600), (66, 260)):
+        inputs = problem(150, n, d, f32, "shared", True, True)
         grad = torch.randn(150, dtype=f64)
 
         def results(inputs=inputs, grad=grad):
@@ -352,7 +469,13 @@ def test_the_order_of_blocks_does_not_matter(order, monkeypatch):
 @pytest.mark.cuda
 def test_large():
     """Beyond the limits on blocks and chunks that a GPU has."""
-    for m, n, d, mean in ((40_000, 5000, 2, True), (3, 200_000, 3, False), (5000, 9000, 20, True)):
+    for m, n, d, mean in (
+        (40_000, 5000, 2, True),
+        (3, 200_000, 3, False),
+        (5000, 9000, 20, True),
+        (5000, 9000, 100, True),
+        (5000, 5000, 400, False),
+    ):
         x, centers, scale, *_ = problem(m, n, d, f32, "shared", False, False)
         got = run("cuda", "log_mixture", x, centers, scale, None, None, mean, False)
         rows = torch.randint(m, (50,))
@@ -360,3 +483,11 @@ def test_large():
         assert_near(got[0][rows], want[0], 1e-5, "value")
         if mean:
             assert_near(got[1][rows], want[1], 2e-5, "mean")
+        if d < 64:
+            continue
+        grad = torch.randn(m, dtype=f64)
+        grads = run("cuda", "log_mixture_backward", grad, got[0], x, centers, scale, None, None, 15)
+        inputs = x.double(), centers.double(), scale.double(), None, None
+        value = cpu.log_mixture(*inputs, False, False)[0]
+        for one, other in zip(grads, cpu.log_mixture_backward(grad, value, *inputs, 15), strict=True):
+            assert_near(one, other, 2e-5, "gradient")

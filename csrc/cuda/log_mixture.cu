@@ -13,8 +13,12 @@ struct ForwardPlan {
   MixtureTask task;
   WeightBlock block;
   void* sums;
-  bool multiplied = false;
+  bool multiplied = false;  // values are made of products
   ProductTask product{};
+  // What a mean is summed of on the tensor cores.
+  SumsOfProducts products{};
+  ProductOperand centers{};
+  float* offset = nullptr;
   int64_t used;
 
   // direct: from differences whatever the dimension.
@@ -33,14 +37,20 @@ struct ForwardPlan {
           task.chunks * in.m * static_cast<int64_t>(sizeof(MixtureState) + 8 * static_cast<size_t>(values)));
     }
     if (p.mean && !is_small(in)) {
-      const int64_t rows = least(kBlockRows, in.m);
-      block.stride = whole(least(kBlockCenters, in.n), PairTile<float>::kColumns);
-      block.weights = arrays.take_bytes(rows * block.stride * compute);
-      sums = arrays.take_bytes(rows * in.d * compute);
+      const int64_t sums_of = least(kBlockRows, in.m) * in.d;
+      block = block_of(in, multiplies(in), arrays);
+      sums = arrays.take_bytes(sums_of * compute);
+      if (multiplies(in)) {
+        centers = operand_of(in, in.n, arrays);
+        offset = arrays.take<float>(in.d);
+        products.others = centers.pieces;
+        products.parts = arrays.take<float>(sum_parts(in.d) * sums_of);
+        products.sums = static_cast<float*>(sums);
+      }
     }
     multiplied = !direct && multiplies(in) && !p.mean && !p.stats;
     if (multiplied) {
-      const int64_t row_tiles = ceil_div(in.m, kProductTile), center_tiles = ceil_div(in.n, kProductTile);
+      const int64_t row_tiles = ceil_div(in.m, kProductTile);
       product.mixture = task;
       product.mixture.row_tiles = row_tiles;
       product.mixture.parts = nullptr;
@@ -48,10 +58,8 @@ struct ForwardPlan {
         product.mixture.parts =
             arrays.take_bytes(task.chunks * in.m * static_cast<int64_t>(sizeof(RowSums<0>)));
       product.slices = ceil_div(in.d, kProductSlice);
-      product.rows = {arrays.take<uint4>(row_tiles * product.slices * kPiecePacks),
-                      arrays.take<float>(row_tiles * kProductTile)};
-      product.centers = {arrays.take<uint4>(center_tiles * product.slices * kPiecePacks),
-                         arrays.take<float>(center_tiles * kProductTile)};
+      product.rows = operand_of(in, in.m, arrays);
+      product.centers = operand_of(in, in.n, arrays);
       product.offset = arrays.take<float>(in.d);
       product.direct = arrays.take<int>(in.m);
       task.only = product.direct;
@@ -74,13 +82,9 @@ void launch_multiplied(const ForwardPlan& plan, void* stream) {
   const ProductTask& task = plan.product;
   const MixtureTask& mixture = task.mixture;
   const MixtureInputs& in = mixture.p.in;
-  launch(op, mixture_offset_kernel, ceil_div(in.d, kMixtureThreads), kMixtureThreads, stream, in,
-         const_cast<float*>(task.offset));
-  for (const bool centers : {false, true}) {
-    const int64_t padded = whole(centers ? in.n : in.m, kProductTile);
-    launch(op, mixture_split_kernel, ceil_div(padded, kMixtureThreads / kWarp), kMixtureThreads, stream, task,
-           centers, int64_t{0}, padded);
-  }
+  launch_offset(op, in, const_cast<float*>(task.offset), stream);
+  launch_split(op, in, nullptr, task.offset, false, task.rows, stream);
+  launch_split(op, in, nullptr, task.offset, true, task.centers, stream);
   launch_products(op, task, stream);
   if (mixture.parts) {
     launch(op, mixture_product_merge_kernel, ceil_div(in.m, kMixtureThreads), kMixtureThreads, stream, task);
@@ -93,12 +97,23 @@ void launch_mean(const ForwardPlan& plan, void* stream) {
   const MixtureInputs& in = p.in;
   const RowLogarithm rows{p.value, nullptr};
   const Storage compute = in_float32(in) ? Storage::float32 : Storage::float64;
+  const bool multiplied = plan.offset != nullptr;
+  if (multiplied) {
+    launch_offset(op, in, plan.offset, stream);
+    launch_split(op, in, nullptr, plan.offset, true, plan.centers, stream);
+  }
   for_blocks(in, plan.block, [&](const WeightBlock& block) {
-    launch_weights(op, in, rows, block, stream);
-    launch_sums(op, in, false, nullptr, {block, plan.sums, nullptr, nullptr, block.first_center == 0},
-                stream);
+    const bool first = block.first_center == 0;
+    launch_weights(op, in, rows, block, multiplied, stream);
+    if (multiplied) {
+      SumsOfProducts task = plan.products;
+      task.first = first;
+      launch_product_sums(op, in, false, block, task, stream);
+    } else {
+      launch_sums(op, in, false, nullptr, {block, plan.sums, nullptr, nullptr, first}, stream);
+    }
     if (block.first_center + block.centers < in.n) return;
-    launch_store(op, in, block, plan.sums, rows, p.mean, compute, stream);
+    launch_store(op, in, block, plan.sums, rows, plan.offset, p.mean, compute, stream);
   });
 }
 

@@ -16,6 +16,11 @@ struct BackwardPlan {
   GradientTask of_rows, of_centers;
   WeightBlock block;
   SumsOfDifferences row_sums, center_sums;
+  // The same of products, where there are many dimensions: a kernel finds out whether they will do.
+  int* multiplied = nullptr;
+  float* offset = nullptr;
+  ProductOperand rows{}, all_centers{};
+  SumsOfProducts row_products{}, center_products{};
   CenterGradients last;
   void* exact_memory;
   int64_t used;
@@ -59,20 +64,58 @@ struct BackwardPlan {
       if (centers) of_centers = plan(in.n, in.m, in.d + 2, true);
       last.own = of_centers.sums;
     } else {
-      const int64_t rows = least(kBlockRows, in.m);
-      block.stride = whole(least(kBlockCenters, in.n), PairTile<float>::kColumns);
-      block.weights = arrays.take_bytes(rows * block.stride * compute);
-      if (p.grad_x) row_sums.sums = arrays.take_bytes(rows * in.d * compute);
+      block = block_of(in, multiplies(in), arrays);
+      if (p.grad_x) row_sums.sums = arrays.take_bytes(least(kBlockRows, in.m) * in.d * compute);
       if (centers) {
         center_sums.sums = arrays.take_bytes(in.n * in.d * compute);
         if (p.grad_scale) center_sums.squares = arrays.take_bytes(in.n * in.d * compute);
         center_sums.totals = arrays.take_bytes(in.n * compute);
       }
+      if (multiplies(in)) plan_products(arrays);
       last.differences = center_sums.sums;
       last.squares = center_sums.squares;
       last.totals = center_sums.totals;
     }
     used = arrays.used;
+  }
+
+  void plan_products(Arrays& arrays) {
+    const MixtureInputs& in = p.in;
+    const int64_t block_rows = least(kBlockRows, in.m), block_centers = least(kBlockCenters, in.n);
+    block.multiplied = multiplied = arrays.take<int>(1);
+    block.factored = in.scale_kind == MixtureScale::per_center;
+    offset = arrays.take<float>(in.d);
+    float* const parts = arrays.take<float>(sum_parts(in.d) *
+                                            (block_rows > block_centers ? block_rows : block_centers) * in.d);
+    // Widths are wanted of both.
+    if (centers) rows = operand_of(in, in.m, arrays);
+    if (p.grad_x) all_centers = operand_of(in, in.n, arrays);
+    rows.widths = arrays.take<float>(whole(in.m, kProductTile));
+    all_centers.widths = arrays.take<float>(whole(in.n, kProductTile));
+    if (p.grad_x) {
+      block.row_totals = arrays.take<float>(block.stride / PairTile<float>::kColumns * block_rows);
+      row_products = {all_centers.pieces,
+                      parts,
+                      static_cast<float*>(row_sums.sums),
+                      arrays.take<float>(block_rows),
+                      nullptr,
+                      false};
+    }
+    if (centers) {
+      const int64_t of_tiles = ceil_div(block_rows, kProductTile) * block.stride;
+      block.center_totals = arrays.take<float>(of_tiles);
+      block.center_squares = arrays.take<float>(of_tiles);
+      center_products = {rows.pieces,
+                         parts,
+                         static_cast<float*>(center_sums.sums),
+                         static_cast<float*>(center_sums.totals),
+                         arrays.take<float>(in.n),
+                         false};
+    }
+    last.multiplied = multiplied;
+    last.offset = offset;
+    last.square_sums = center_products.squares;
+    last.factored = block.factored;
   }
 };
 
@@ -107,21 +150,40 @@ void log_mixture_backward(const LogMixtureBackwardProblem& problem, void* memory
       if (plan.centers) launch_gradient<kD, true>(plan.of_centers, stream);
     });
   } else {
+    const bool products = plan.multiplied != nullptr;
+    if (products) {
+      launch_offset(op, in, plan.offset, stream);
+      launch_split(op, in, p.grad, plan.offset, false, plan.rows, stream);
+      launch_split(op, in, nullptr, plan.offset, true, plan.all_centers, stream);
+      launch_choice(op, in, plan.rows, plan.all_centers, plan.multiplied, stream);
+    }
     for_blocks(in, plan.block, [&](const WeightBlock& block) {
-      launch_weights(op, in, {p.value, p.grad}, block, stream);
+      launch_weights(op, in, {p.value, p.grad}, block, products, stream);
       if (p.grad_x) {
         SumsOfDifferences task = plan.row_sums;
         task.block = block;
         task.first = block.first_center == 0;
         launch_sums(op, in, false, p.grad, task, stream);
-        if (block.first_center + block.centers == in.n)
-          launch_store(op, in, block, task.sums, {p.value, p.grad}, p.grad_x, in.storage, stream);
+        SumsOfProducts of = plan.row_products;
+        of.first = task.first;
+        if (products) launch_product_sums(op, in, false, block, of, stream);
+        if (block.first_center + block.centers == in.n) {
+          launch_store(op, in, block, task.sums, {p.value, p.grad}, nullptr, p.grad_x, in.storage, stream);
+          if (products) launch_product_store(op, in, block, plan.offset, of, p.grad, p.grad_x, stream);
+        }
       }
       if (plan.centers) {
         SumsOfDifferences task = plan.center_sums;
         task.block = block;
         task.first = block.first_row == 0;
         launch_sums(op, in, true, p.grad, task, stream);
+        if (!products) return;
+        SumsOfProducts of = plan.center_products;
+        of.sums += block.first_center * in.d;
+        of.totals += block.first_center;
+        of.squares += block.first_center;
+        of.first = task.first;
+        launch_product_sums(op, in, true, block, of, stream);
       }
     });
   }

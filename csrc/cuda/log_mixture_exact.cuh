@@ -23,9 +23,9 @@ __device__ __forceinline__ double exact_exponent(const MixtureInputs& in, int64_
   double scale = per_dimension ? 1.0 : scale_of<double>(in, j);
   for (int64_t k = 0; k < in.d; ++k) {
     if (per_dimension) scale = compute_element<double>(in.scale, in.storage, j * in.d + k);
-    const double z = (element<double>(in.x, in.storage, row * in.d + k) -
-                      element<double>(in.centers, in.storage, j * in.d + k)) /
-                     scale;
+    // An infinite distance, from a row at infinity too.
+    const double y = finite_or(element<double>(in.centers, in.storage, j * in.d + k), kFar<double>);
+    const double z = (element<double>(in.x, in.storage, row * in.d + k) - y) / scale;
     sum += z * z;
   }
   return log2_weight_of<double>(in, j) - 0.5 * kLog2E * sum;
@@ -164,7 +164,7 @@ __device__ __forceinline__ double exact_scale(const MixtureInputs& in, int64_t j
 }
 
 // A block an owner at a time: a row, or a centre. Gradients of those that need it take the place of
-// float32's; of a scale that all share, a centre's part. budget: registers 64, shared 2048, occupancy 50%
+// float32's; of a scale that all share, a centre's part.
 // budget: registers 72 (centers 80), shared 1152 (centers 1280), occupancy 43% (centers 37%)
 template <bool kCenters>
 __global__ void __launch_bounds__(kMixtureThreads)

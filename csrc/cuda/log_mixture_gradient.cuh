@@ -9,6 +9,8 @@
 namespace refine_ext::cuda {
 
 inline constexpr int kGradientStage = 256;  // of the other side, in shared memory
+// From here on squared distances may overflow; pairs with such coordinates are special where they are needed.
+inline constexpr float kWide = 1152921504606846976.0f;  // 2^60
 
 struct GradientTask {
   MixtureInputs in;
@@ -40,8 +42,8 @@ __device__ __forceinline__ void write_gradient(const GradientTask& task, int64_t
     store_element(factor == 0.0 ? 0.0 : factor * sums[k], task.grad_x, task.in.storage, row * kD + k);
 }
 
-// budget: registers 256 (d=2 168, d=1 168), shared 6144 (d=3 5120, d=2 4096, d=1 3072, d=4 centers 8192, d=3
-//     centers 7168, d=2 centers 6144, d=1 centers 5120), occupancy 12% (d=2 18%, d=1 18%)
+// budget: registers 256 (d=2 168, d=1 168), shared 6144 (d=3 5120, d=2 4096, d=1 3072, d=4 centers 8192,
+//     d=3 centers 7168, d=2 centers 6144, d=1 centers 5120), occupancy 12% (d=2 18%, d=1 18%)
 template <int kD, bool kCenters>
 __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
     mixture_gradient_kernel(const GradientTask task) {
@@ -68,13 +70,19 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
   const C shared = shared_slope<C>(in);
 
   C own[kD][kOwn], high[kOwn], low[kOwn], slope[kOwn], weight[kOwn];
-  unsigned coarse = 0;
+  unsigned careful = 0;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int64_t o = first_owner + mine.row(i);
     const bool exists = o < owners;
 #pragma unroll
-    for (int k = 0; k < kD; ++k) own[k][i] = exists ? element<C>(owner_data, in.storage, o * kD + k) : C(0);
+    for (int k = 0; k < kD; ++k) {
+      own[k][i] = exists ? element<C>(owner_data, in.storage, o * kD + k) : C(0);
+      if constexpr (kCenters) {
+        own[k][i] = finite_or(own[k][i], kFar<C>);
+        careful |= ::fabs(own[k][i]) < kWide ? 0u : 1u << i;
+      }
+    }
     high[i] = low[i] = slope[i] = weight[i] = C(0);
     if (!exists) continue;
     if constexpr (kCenters) {
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
       weight[i] = log2_weight_of<C>(in, o);
     } else {
       task.rows.parts(o, high[i], low[i]);
-      coarse |= is_coarse(high[i]) ? 1u << i : 0u;
+      careful |= is_coarse(high[i]) ? 1u << i : 0u;
     }
   }
 
@@ -111,8 +119,10 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
         // Nothing of a row whose gradient is zero, NaN neither.
         if (kCenters && exists) exists = task.rows.grad[other] != 0.0;
 #pragma unroll
-        for (int k = 0; k < kD; ++k)
+        for (int k = 0; k < kD; ++k) {
           others[k][o] = exists ? element<C>(other_data, in.storage, other * kD + k) : C(0);
+          if constexpr (!kCenters) others[k][o] = finite_or(others[k][o], kFar<C>);
+        }
         if constexpr (kCenters) {
           highs[o] = -kInfinity<C>;
           lows[o] = grads[o] = C(0);
@@ -124,7 +134,10 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
           lows[o] = row_low;
           grads[o] = task.rows.gradient<C>(other);
           const int64_t place = (in.exclude ? in.exclude[other] : int64_t{-1}) - first_owner;
-          specials[o] = is_coarse(row_high) || (place >= 0 && place < Tile::kRows);
+          bool special = is_coarse(row_high) || (place >= 0 && place < Tile::kRows);
+#pragma unroll
+          for (int k = 0; k < kD; ++k) special |= !(::fabs(others[k][o]) < kWide);
+          specials[o] = special;
         }
       }
       __syncthreads();
@@ -145,7 +158,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
 #pragma unroll 1
       for (int step = 0; step < here; step += kColumns) {
         C y[kD][kOwn], first_of[kOwn], second_of[kOwn], third_of[kOwn];
-        unsigned special = coarse | (here - step < kColumns ? 1u : 0u);
+        unsigned special = careful | (here - step < kColumns ? 1u : 0u);
         if (near) special |= excluding(first + step, kColumns);
 #pragma unroll
         for (int c = 0; c < kOwn; ++c) {
@@ -192,7 +205,8 @@ __global__ void __launch_bounds__(kMixtureThreads, kD <= 2 ? 3 : 2)
 #pragma unroll
               for (int k = 0; k < kD; ++k) sums[k][i] = fused(a, z[k], sums[k][i]);
               if constexpr (kCenters) {
-                sums[kD][i] = fused(a, q, sums[kD][i]);
+                const C square = decltype(is_special)::value && a == C(0) ? C(0) : q;
+                sums[kD][i] = fused(a, square, sums[kD][i]);
                 sums[kD + 1][i] += a;
               }
             }
@@ -262,6 +276,11 @@ struct CenterGradients {
   const double* own;                           // [n][d + 2], or nullptr:
   const void *differences, *squares, *totals;  // [n][d], [n][d], [n]
   double* scale_parts;                         // [n], for a scale that all share
+  // Where they may be sums of products: whether they are, sum_i a_ij x'_i instead of differences, and [n] of
+  // squares; x' is from the offset on, and the former with the factor 1 / s^2 or without.
+  const int* multiplied;
+  const float *offset, *square_sums;
+  bool factored;
 };
 
 // A warp a centre.
@@ -276,20 +295,30 @@ __global__ void __launch_bounds__(kMixtureThreads)
   if (j >= in.n) return;
   const Storage compute = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
   const bool per_dimension = in.scale_kind == MixtureScale::per_dimension;
-  double squares[1] = {0.0}, scale = per_dimension ? 1.0 : scale_of<double>(in, j);
+  const bool multiplied = sizeof(T) == 4 && task.multiplied && *task.multiplied;
+  double squares[1] = {0.0}, scale = per_dimension ? 1.0 : scale_of<double>(in, j), factor = 1.0;
+  if (multiplied && task.factored)
+    factor = static_cast<double>(weight_factor(slope_of_scale(static_cast<float>(scale))));
   for (int64_t k = team.rank; k < in.d; k += kWarp) {
     const int64_t at = j * in.d + k;
     if (per_dimension) scale = compute_element<double>(in.scale, in.storage, at);
-    const double difference = task.own ? task.own[j * (in.d + 2) + k]
-                                       : static_cast<double>(static_cast<const T*>(task.differences)[at]);
+    double difference = task.own ? task.own[j * (in.d + 2) + k]
+                                 : static_cast<double>(static_cast<const T*>(task.differences)[at]);
+    if (multiplied) {
+      const double from = static_cast<double>(task.offset[k]);
+      const double y =
+          static_cast<float>(finite_or(element<double>(in.centers, in.storage, at), from) - from);
+      difference = difference / factor - static_cast<double>(static_cast<const T*>(task.totals)[j]) * y;
+    }
     if (p.grad_centers) store_element(difference / scale / scale, p.grad_centers, in.storage, at);
-    if (!p.grad_scale || task.own) continue;
+    if (!p.grad_scale || task.own || multiplied) continue;
     const double square = static_cast<double>(static_cast<const T*>(task.squares)[at]);
     if (per_dimension) store_element(square / scale / scale / scale, p.grad_scale, compute, at);
     squares[0] += square;
   }
   reduce_warp<Sum>(squares);
   if (team.rank > 0) return;
+  if (multiplied && p.grad_scale) squares[0] = static_cast<double>(task.square_sums[j]);
   if (p.grad_log_weights) {
     const double total = task.own ? task.own[j * (in.d + 2) + in.d + 1]
                                   : static_cast<double>(static_cast<const T*>(task.totals)[j]);

@@ -1,5 +1,5 @@
 // The log-mixture's products by Hopper's warpgroup products (wgmma), compiled for sm_90a alone: the split,
-// the pieces and the order of the six products are those of log_mixture_product.cuh, whose packs lie in the
+// the pieces and the order of the six products are those of log_mixture_pieces.cuh, whose packs lie in the
 // order of the 64-byte swizzle.
 //
 // Two warpgroups have 64 rows and all 128 columns of a tile each. A slice of 32 dimensions takes 12 products

@@ -11,9 +11,9 @@ namespace refine_ext::cuda {
 
 #if defined(REFINE_EXT_CUDA_ON_CPU)
 // So small that small tests take several of everything.
-inline constexpr int64_t kLeastChunk = 256, kBlockRows = 128, kBlockCenters = 128;
+inline constexpr int64_t kLeastChunk = 256, kBlockRows = 256, kBlockCenters = 256, kSumBlocks = 4;
 #else
-inline constexpr int64_t kLeastChunk = 2048, kBlockRows = 2048, kBlockCenters = 2048;
+inline constexpr int64_t kLeastChunk = 2048, kBlockRows = 2048, kBlockCenters = 2048, kSumBlocks = 128;
 #endif
 // A few chunks are enough for any GPU; their number bounds the memory for their sums.
 inline constexpr int64_t kMostChunks = 64;
@@ -34,10 +34,16 @@ inline bool in_float32(const MixtureInputs& in) { return in.storage != Storage::
 inline bool is_small(const MixtureInputs& in) {
   return in_float32(in) && in.d <= kFewDimensions && in.scale_kind != MixtureScale::per_dimension;
 }
-// Whether values alone are made of products.
+// Whether values alone are made of products, and the sums of means and gradients.
 inline bool multiplies(const MixtureInputs& in) {
   return in_float32(in) && in.d >= kManyDimensions && in.scale_kind != MixtureScale::per_dimension;
 }
+// Blocks that share a tile of sums on the tensor cores, so that kSumBlocks have something to do.
+inline int64_t sum_parts(int64_t d) {
+  const int64_t parts = kSumBlocks / (kBlockRows / kProductTile * ceil_div(d, kProductTile));
+  return parts > 0 ? parts : 1;
+}
+
 template <class F>
 void with_compute(const MixtureInputs& in, F&& f) {
   if (in_float32(in)) return f(float{});
@@ -76,6 +82,23 @@ struct Arrays {
   void* take_bytes(int64_t bytes) { return take<char>(bytes); }
 };
 
+// The memory of a block, whose weights are for the tensor cores (parts) or in the compute type.
+inline WeightBlock block_of(const MixtureInputs& in, bool parts, Arrays& arrays) {
+  WeightBlock block{};
+  const int64_t rows = least(kBlockRows, in.m), centers = least(kBlockCenters, in.n);
+  block.stride = whole(centers, parts ? kProductTile : PairTile<float>::kColumns);
+  block.weights = parts ? arrays.take_bytes(whole(rows, kProductTile) * block.stride * kProductParts * 2)
+                        : arrays.take_bytes(rows * block.stride * (in_float32(in) ? 4 : 8));
+  return block;
+}
+
+// An array of rows or centres in parts.
+inline ProductOperand operand_of(const MixtureInputs& in, int64_t count, Arrays& arrays) {
+  const int64_t tiles = ceil_div(count, kProductTile), slices = ceil_div(in.d, kProductSlice);
+  return {arrays.take<uint4>(tiles * slices * kPiecePacks), arrays.take<float>(tiles * kProductTile),
+          nullptr};
+}
+
 // f(block) for the blocks of all pairs, those of the same rows one after the other.
 template <class F>
 void for_blocks(const MixtureInputs& in, WeightBlock block, F&& f) {
@@ -106,13 +129,34 @@ void launch_rows(const MixtureTask& task, void* stream) {
 int64_t direct_values_workspace(const MixtureInputs& in);
 void launch_direct_values(const MixtureInputs& in, double* value, void* memory, void* stream);
 
-// log_mixture_sums.cu. Without grad: means, by rows only.
+// Sums over a block's rows, or centres, on the tensor cores, added to what is there unless it is the first.
+struct SumsOfProducts {
+  const uint4* others;      // all of them, in parts
+  float* parts;             // [sum_parts][owners][d], working memory
+  float* sums;              // [owners][d]
+  float *totals, *squares;  // [owners] of the weights, and with the squared distances, or nullptr
+  bool first;
+};
+
+// log_mixture_sums.cu. Without grad: means, by rows only. parts: weights for the tensor cores.
 void launch_weights(const char* op, const MixtureInputs& in, const RowLogarithm& rows,
-                    const WeightBlock& block, void* stream);
+                    const WeightBlock& block, bool parts, void* stream);
 void launch_sums(const char* op, const MixtureInputs& in, bool centers, const double* grad,
                  const SumsOfDifferences& task, void* stream);
 void launch_store(const char* op, const MixtureInputs& in, const WeightBlock& block, const void* sums,
-                  const RowLogarithm& rows, void* to, Storage storage, void* stream);
+                  const RowLogarithm& rows, const float* offset, void* to, Storage storage, void* stream);
+// About the middle of the centres; rows (but those whose `grad` is zero) or centres in parts, this offset
+// subtracted; whether gradients are made of them; sums; gradients of rows from the sums.
+void launch_offset(const char* op, const MixtureInputs& in, float* offset, void* stream);
+void launch_split(const char* op, const MixtureInputs& in, const double* grad, const float* offset,
+                  bool centers, const ProductOperand& to, void* stream);
+void launch_choice(const char* op, const MixtureInputs& in, const ProductOperand& rows,
+                   const ProductOperand& centers, int* multiplied, void* stream);
+void launch_product_sums(const char* op, const MixtureInputs& in, bool centers, const WeightBlock& block,
+                         const SumsOfProducts& of, void* stream);
+void launch_product_store(const char* op, const MixtureInputs& in, const WeightBlock& block,
+                          const float* offset, const SumsOfProducts& of, const double* grad, void* to,
+                          void* stream);
 
 // log_mixture_exact.cu: once more what the compute type could not hold. scale_parts: [n], of a scale that all
 // centres share.

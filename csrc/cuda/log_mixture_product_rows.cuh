@@ -1,31 +1,18 @@
 // Sums over the centres for each row from products: what is the same whatever instructions make them.
 //
-// Rows and centres come in parts (log_mixture_product.cuh), in pieces of 32 dimensions of a tile of 128 rows,
+// Rows and centres come in parts (log_mixture_pieces.cuh), in pieces of 32 dimensions of a tile of 128 rows,
 // or centres, in the order in which a block multiplies them. What is added to q for each piece is a `Tile`'s;
 // q is then as exact as the squared distances that log_mixture_rows.cuh has, and goes the same way.
 #pragma once
 
+#include "log_mixture_pieces.cuh"
 #include "log_mixture_rows.cuh"
-#include "mma.cuh"
 
 namespace refine_ext::cuda {
 
-inline constexpr int kProductThreads = 256;
-inline constexpr int kProductTile = 128;  // rows, and columns
-inline constexpr int kProductSlice = 32;
-inline constexpr int kProductParts = 3;
-inline constexpr int kProductPacks = kProductSlice / 8;  // of 16 bytes, of a row's part of a slice
-inline constexpr int kPartPacks = kProductTile * kProductPacks;
-inline constexpr int kPiecePacks = kProductParts * kPartPacks;
-inline constexpr int kOffsetSample = 1024;
 inline constexpr double kProductError = 1.0 / 2097152.0;  // 2^-21
 inline constexpr double kProductTolerance = 5e-6;         // of a value, or of one
 
-// Rows or centres in parts: [tile][slice][part][row][pack], as a piece lies in shared memory; norms of all.
-struct ProductOperand {
-  uint4* pieces;
-  float* norms;
-};
 struct ProductTask {
   MixtureTask mixture;
   ProductOperand rows, centers;
@@ -33,11 +20,6 @@ struct ProductTask {
   int64_t slices;
   int* direct;  // [m], whether a row is done again from differences
 };
-
-// Packs change places so that eight rows' are in different banks.
-__device__ __forceinline__ int place_of_pack(int row, int pack) {
-  return row * kProductPacks + (pack ^ (row / 2 % kProductPacks));
-}
 
 __device__ __forceinline__ void write_product_row(const ProductTask& task, int64_t row,
                                                   const RowSums<0>& sums) {

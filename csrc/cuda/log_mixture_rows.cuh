@@ -241,7 +241,9 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureBlocks<kD, kWeighted>
         for (int o = static_cast<int>(threadIdx.x); o < kStage; o += kMixtureThreads) {
 #pragma unroll
           for (int k = 0; k < kD; ++k)
-            centers[k][o] = o < here ? element<C>(in.centers, in.storage, (first + o) * kD + k) : C(0);
+            centers[k][o] = o < here
+                                ? finite_or(element<C>(in.centers, in.storage, (first + o) * kD + k), kFar<C>)
+                                : C(0);
         }
         __syncthreads();
 #pragma unroll 1

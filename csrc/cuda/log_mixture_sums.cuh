@@ -1,11 +1,12 @@
-// Weighted sums of differences for any dimension: posterior means and gradients.
+// Weighted sums of differences for any dimension: posterior means and gradients, but where the tensor cores
+// sum products (log_mixture_product_sums.cuh).
 //
 // Weights a_ij of a block of rows and a block of centres are written to memory, then multiply differences in
 // tiles of owners (rows or centres) x dimensions. Blocks depend on the number of centres alone in what a row
 // gets, and sums go on in their order.
 #pragma once
 
-#include "log_mixture_tile.cuh"
+#include "log_mixture_pieces.cuh"
 
 namespace refine_ext::cuda {
 
@@ -38,14 +39,51 @@ __device__ __forceinline__ C coarse_weight(C q, C slope, C weight, C high, C low
 
 // Rows [first_row, first_row + rows) and centres likewise, whole tiles of the latter.
 struct WeightBlock {
-  void* weights;  // [rows][stride]
+  void* weights;  // [rows][stride], or in parts for the tensor cores: [tile of rows][slice of centres]
   int64_t first_row, rows, first_center, centers, stride;
+  // Where the tensor cores may: whether they do (nullptr: yes), and whether parts have the factor 1 / s^2.
+  const int* multiplied;
+  bool factored;
+  // Of parts, if wanted: sums over a tile's centres; over a tile's rows of a and a q without 1 / s^2.
+  float* row_totals;                      // [tiles of 64 centres][rows]
+  float *center_totals, *center_squares;  // [tiles of rows][stride]
+
+  __device__ __forceinline__ bool is_multiplied() const { return !multiplied || *multiplied; }
 };
 
-// budget: registers 72 (float32 128, float64 dims 80, float32 dims 136), shared 13328 (float64 dims 17664,
-//     float32 dims 17664), occupancy 43% (float32 25%, float64 dims 37%, float32 dims 18%)
-template <class T, bool kDims>
-__global__ void __launch_bounds__(kMixtureThreads)
+// 1 / s^2 as weights have it.
+__device__ __forceinline__ float weight_factor(float slope) {
+  return static_cast<float>(-2.0 * kLn2) * slope;
+}
+
+// A thread's weights of a row and two slices of centres, in parts: half a pack of each.
+__device__ __forceinline__ void store_parts(const WeightBlock& block, int64_t tile, int64_t slice, int row,
+                                            int across, const float (&weights)[8]) {
+  static_assert(PairTile<float>::kRows == kProductTile && PairTile<float>::kColumns == 2 * kProductSlice);
+  BFloat16 parts[kProductParts][8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) split(weights[c], parts, c);
+  uint4* const pieces =
+      static_cast<uint4*>(block.weights) + (tile * (block.stride / kProductSlice) + slice) * kPiecePacks;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int part = 0; part < kProductParts; ++part) {
+      uint4* const pack =
+          pieces + half * kPiecePacks + part * kProductTile * kProductPacks + place_of_pack(row, across / 2);
+      uint64_t packed;
+      memcpy(&packed, &parts[part][4 * half], sizeof(packed));
+      reinterpret_cast<uint64_t*>(pack)[across % 2] = packed;
+    }
+  }
+}
+
+// Written as parts (kParts) there are zeros wherever a pair does not exist.
+// budget: registers 72 (float32 128, float64 dims 80, float32 dims 136, float32 parts 136), shared 13328
+//     (float64 dims 17664, float32 dims 17664, float32 parts 15376), occupancy 43% (float32 25%, float64
+//     dims 37%, float32 dims 18%, float32 parts 18%)
+template <class T, bool kDims, bool kParts>
+__global__ void __launch_bounds__(kMixtureThreads, kParts ? 3 : 0)
     mixture_weights_kernel(const MixtureInputs in, const RowLogarithm rows, const WeightBlock block) {
   using Tile = PairTile<T>;
   using Slice = PairSlice<T, kDims>;
@@ -60,15 +98,23 @@ __global__ void __launch_bounds__(kMixtureThreads)
   load_weights<T, kDims>(in, first_center, kDims ? T(-1) : shared_slope<T>(in), slopes, weights);
   T q[kOwn][kOwn];
   squared_distances<T, kDims>(in, first_row, first_center, slice[0], q);
+  const bool parts = kParts && block.is_multiplied();
+  [[maybe_unused]] T totals[kParts ? kOwn : 1] = {}, squares[kParts ? kOwn : 1] = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int64_t row = first_row + mine.row(i);
-    if (local_row + mine.row(i) >= block.rows) continue;
-    T high, low;
-    rows.parts(row, high, low);
-    const T grad = rows.gradient<T>(row);
-    const int64_t excluded = in.exclude ? in.exclude[row] : int64_t{-1};
-    T* const to = static_cast<T*>(block.weights) + (local_row + mine.row(i)) * block.stride + local_center;
+    const bool exists = local_row + mine.row(i) < block.rows;
+    if (!exists && !parts) continue;
+    T high = T(0), low = T(0), grad = T(0);
+    int64_t excluded = -1;
+    if (exists) {
+      rows.parts(row, high, low);
+      grad = rows.gradient<T>(row);
+      if (in.exclude) excluded = in.exclude[row];
+    }
+    [[maybe_unused]] T a[kOwn];
+    [[maybe_unused]] T* const to =
+        static_cast<T*>(block.weights) + (local_row + mine.row(i)) * block.stride + local_center;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       const int column = mine.column(c);
@@ -77,8 +123,53 @@ __global__ void __launch_bounds__(kMixtureThreads)
                                   : power_of_two(exponent(q[i][c], slope, weight, high) - low);
       const int64_t j = first_center + column;
       const bool counts = local_center + column < block.centers && j != excluded && grad != T(0);
-      to[column] = counts ? grad * p : T(0);
+      a[c] = counts ? grad * p : T(0);
+      if (!parts) to[column] = a[c];
     }
+    if constexpr (kParts) {
+      if (!parts) continue;
+      T total = T(0);
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) {
+        totals[c] += a[c];
+        squares[c] = a[c] == T(0) ? squares[c] : fused(a[c], q[i][c], squares[c]);
+        if (block.factored) a[c] *= weight_factor(slopes[mine.column(c)]);
+        total += a[c];
+      }
+      store_parts(block, local_row / kProductTile, local_center / kProductSlice, mine.row(i), mine.across, a);
+      if (!block.row_totals) continue;
+#pragma unroll
+      for (int distance = 1; distance < kMixtureAcross; distance *= 2)
+        total += __shfl_xor_sync(kFullMask, total, distance);
+      if (exists && mine.across == 0)
+        block.row_totals[local_center / Tile::kColumns * block.rows + local_row + mine.row(i)] = total;
+    }
+  }
+  if constexpr (kParts) {
+    if (!parts || !block.center_totals) return;
+    constexpr int kWarps = kMixtureThreads / kWarp;
+    REFINE_EXT_SHARED(T, columns, [2][kWarps][Tile::kColumns]);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+#pragma unroll
+      for (int distance = kMixtureAcross; distance < kWarp; distance *= 2) {
+        totals[c] += __shfl_xor_sync(kFullMask, totals[c], distance);
+        squares[c] += __shfl_xor_sync(kFullMask, squares[c], distance);
+      }
+      if (static_cast<int>(threadIdx.x) % kWarp >= kMixtureAcross) continue;
+      columns[0][warp][mine.column(c)] = totals[c];
+      columns[1][warp][mine.column(c)] = squares[c];
+    }
+    __syncthreads();
+    static_assert(2 * Tile::kColumns == kMixtureThreads);
+    const int which = static_cast<int>(threadIdx.x) / Tile::kColumns;
+    const int column = static_cast<int>(threadIdx.x) % Tile::kColumns;
+    T sum = T(0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += columns[which][w][column];
+    (which == 0 ? block.center_totals : block.center_squares)[tile * block.stride + local_center + column] =
+        sum;
   }
 }
 
@@ -92,9 +183,9 @@ struct SumsOfDifferences {
 };
 
 // For each row sum_j a_ij f_j (y_j - o_i), with o = x and f = 1 / s^2 for gradients, or o = y_0 and f = 1 for
-// means (of which a weight's error then only takes its share of the data's width). For each centre (kCenters)
-// sum_i a_ij (x_i - y_j), and the squares.
-// budget: registers 160 (float32 240, float64 centers 200, float32 centers 256, float64 dims 168, float32
+// means (of which a weight's error then only takes its share of the data's width), 0 where y_0 is infinite.
+// For each centre (kCenters) sum_i a_ij (x_i - y_j), and the squares.
+// budget: registers 160 (float32 232, float64 centers 208, float32 centers 256, float64 dims 168, float32
 //     dims 248, float64 centers dims 200, float32 centers dims 256), shared 12800 (float64 dims 17152,
 //     float32 dims 17152, float64 centers dims 12800, float32 centers dims 12800), occupancy 18% (float32
 //     12%, float64 centers 12%)
@@ -109,6 +200,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   REFINE_EXT_SHARED(T, factors, [kFactors ? kMixtureSlice : 1][kFactors ? Tile::kColumns + kApart : 1]);
   const Tile mine;
   const WeightBlock& block = task.block;
+  if (block.multiplied && *block.multiplied) return;
   const int64_t dimension_tiles = (in.d + Tile::kColumns - 1) / Tile::kColumns;
   const int64_t tile = blockIdx.x / dimension_tiles;
   const int64_t local = tile * Tile::kRows, k0 = (blockIdx.x - tile * dimension_tiles) * Tile::kColumns;
@@ -129,6 +221,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
       const int64_t k = k0 + mine.column(c), o = mean ? 0 : first_owner + local + mine.row(i);
       const bool exists = k < in.d && local + mine.row(i) < owners;
       own[i][c] = exists ? element<T>(owner_data, in.storage, o * in.d + k) : T(0);
+      if (kCenters || mean) own[i][c] = finite_or(own[i][c], T(0));
       sums[i][c] = T(0);
       if constexpr (kCenters) squares[i][c] = T(0);
     }
@@ -161,7 +254,8 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
       // Nothing of a row whose gradient is zero, NaN neither.
       if (kCenters && exists) exists = grad[first_other + first + other] != 0.0;
       const int64_t at = (first_other + first + other) * in.d + k0 + column;
-      others[other][column] = exists ? element<T>(other_data, in.storage, at) : T(0);
+      const T value = exists ? element<T>(other_data, in.storage, at) : T(0);
+      others[other][column] = kCenters ? value : finite_or(value, T(0));
       if constexpr (kFactors) {
         const T scale = exists && !mean ? compute_element<T>(in.scale, in.storage, at) : T(1);
         factors[other][column] = T(1) / scale / scale;
@@ -220,20 +314,23 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   }
 }
 
-// A thread an element: the sums of a block's rows, as gradients or, without `grad` and from y_0 on, as means.
+// A thread an element: the sums of a block's rows, as gradients or, without `grad` and from `offset` or y_0
+// on, as means.
 // budget: registers 24, occupancy 100%
 template <class T>
 __global__ void __launch_bounds__(kMixtureThreads)
     mixture_store_kernel(const MixtureInputs in, int64_t first_row, int64_t rows, const T* sums,
-                         const double* value, const double* grad, void* to, Storage storage) {
+                         const double* value, const double* grad, const float* offset, const int* multiplied,
+                         void* to, Storage storage) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kMixtureThreads + static_cast<int>(threadIdx.x);
-  if (e >= rows * in.d) return;
+  if (e >= rows * in.d || (multiplied && *multiplied)) return;
   double result = static_cast<double>(sums[e]);
   const int64_t row = first_row + e / in.d;
   if (grad) {
     if (grad[row] == 0.0) result = 0.0;
   } else {
-    result += element<double>(in.centers, in.storage, e % in.d);
+    result += offset ? static_cast<double>(offset[e % in.d])
+                     : finite_or(element<double>(in.centers, in.storage, e % in.d), 0.0);
     // No centre has a weight.
     if (value[row] == -kInfinity<double>) result = std::numeric_limits<double>::quiet_NaN();
   }

@@ -23,6 +23,9 @@ template <class C>
 inline constexpr C kLowest = std::numeric_limits<C>::lowest();
 template <class C>
 inline constexpr C kInfinity = std::numeric_limits<C>::infinity();
+// Finite, and infinitely far from anything less than half of it: squared differences overflow.
+template <class C>
+inline constexpr C kFar = C(0.75) * std::numeric_limits<C>::max();
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return ::fma(a, b, c); }
@@ -72,6 +75,13 @@ __device__ __forceinline__ C element(const void* data, Storage storage, int64_t 
       if constexpr (sizeof(C) == 8) return static_cast<const double*>(data)[i];
       return C(0);
   }
+}
+
+// A coordinate of a centre that sums multiply by its weight. At infinity that is zero, but zero times
+// infinity is not: `instead` is finite.
+template <class C>
+__device__ __forceinline__ C finite_or(C coordinate, C instead) {
+  return ::fabs(coordinate) == kInfinity<C> ? instead : coordinate;
 }
 
 __device__ __forceinline__ void store_element(double value, void* data, Storage storage, int64_t i) {
