@@ -129,3 +129,10 @@ def test_products_of_bytes(compiled):
             if name == "hopper_sums_kernel":
                 # One wait for each batch of four: ptxas adds more where it cannot let products overlap.
                 assert kernel.count(r"WARPGROUP\.DEPBAR") == products / 4, f"{kernel}: products are made one by one"
+
+
+def test_products_by_warpgroups(compiled):
+    """Hopper's six products of two steps each, without a wait but the slice's own."""
+    for kernel in (kernel for kernel in compiled if kernel.source.name == "hopper_mixture_kernel"):
+        assert kernel.count(r"HGMMA\.64x128x16\.F32\.BF16") == kernel.count(r"[A-Z]*MMA") == 12
+        assert kernel.count(r"WARPGROUP\.DEPBAR") == 1, f"{kernel}: products are made one by one"

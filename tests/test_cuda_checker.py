@@ -31,6 +31,7 @@ def run(kernel: str, sanitizer: str, order: str = "forward") -> subprocess.Compl
         ("all_outputs", "2"),
         ("matrix_product", "16"),
         ("copied", "1.5"),
+        ("product_by_warpgroup", "3648"),
     ],
 )
 def test_correct_kernels_pass(kernel, result, order, sanitizer):
@@ -62,6 +63,15 @@ def test_correct_kernels_pass(kernel, result, order, sanitizer):
         ("copy_without_barrier", "thread", "data race"),
         ("misaligned_copy", "address", "misaligned copy"),
         ("copy_outside_shared", "address", "a copy not to shared memory"),
+        ("product_without_fence", "address", "without wgmma.fence since the last wait"),
+        ("product_without_second_fence", "address", "without wgmma.fence since the last wait"),
+        ("product_without_proxy_fence", "address", "not been shown to the products"),
+        ("product_before_barrier", "thread", "data race"),
+        ("product_of_half_a_warpgroup", "address", "not every thread"),
+        ("product_with_touched_sums", "address", "sums were touched"),
+        ("product_of_what_is_overwritten", "address", "written while a product may read it"),
+        ("product_of_what_is_copied_over", "address", "written while a product may read it"),
+        ("product_of_what_is_copied_over", "thread", "data race"),
     ],
 )
 def test_planted_bugs_are_reported(bug, sanitizer, report):
@@ -79,6 +89,24 @@ def test_what_nobody_wrote_shows(sanitizer):
     # A copy is there when it was waited for and not before, and what it overwrites is gone when it is asked for.
     assert run("copy_not_waited_for", sanitizer).stdout.split()[0].strip("-") == "nan"
     assert run("copy_over_what_is_read", sanitizer).stdout.split()[0].strip("-") == "nan"
+
+
+def test_wrong_products_show():
+    """A product is made at its wait, of what its descriptor says: until then sums are unknown."""
+    results = {
+        bug: float(run(f"product_{bug}", "address").stdout.split()[0])
+        for bug in (
+            "by_warpgroup",
+            "not_waited_for",
+            "not_committed",
+            "of_another_swizzle",
+            "of_another_stride",
+            "of_another_place",
+            "of_unaligned_memory",
+        )
+    }
+    assert results.pop("by_warpgroup") == 2 * 32 * 57
+    assert 2 * 32 * 57 not in results.values(), results
 
 
 def test_an_order_of_blocks_shows():

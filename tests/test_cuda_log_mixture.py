@@ -9,6 +9,8 @@ millions, what the compute type cannot hold.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import emulator
 import log_mixture_reference
@@ -145,39 +147,81 @@ def test_references_are_raised(where, d):
         assert_near(mean, want[1], 1e-4, "mean")
 
 
+@contextmanager
+def instructions(where: str, hopper: bool) -> Iterator[None]:
+    """Within, products are Hopper's own instructions, which are taken only where they are asked for; or are not."""
+    if hopper and where == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    with pytest.MonkeyPatch.context() as patch, emulator.launches(where) as launched:
+        patch.setenv("REFINE_EXT_WGMMA", str(int(hopper)))
+        yield
+    assert any("hopper_mixture_kernel" in name for name in launched) == hopper
+    assert any("mixture_product_kernel" in name for name in launched) != hopper
+
+
+either_instructions = pytest.mark.parametrize("hopper", [False, True], ids=["mma", "wgmma"])
+
+
 @everywhere
+@either_instructions
 @pytest.mark.sanitized
-def test_few_products(where):
-    check(where, problem(3, 260, 64, f32, "shared", False, True), mean=False, stats=False)
-    check(where, problem(3, 130, 64, f32, "per_center", False, True), stats=False, wanted=0)
+def test_few_products(where, hopper):
+    """More pieces than wait in shared memory: places are used again."""
+    inputs = problem(3, 260, 97 if hopper else 64, f32, "shared", False, True)
+    with instructions(where, hopper):
+        check(where, inputs, mean=False, stats=False, wanted=0 if hopper else 15)
+    if not hopper:
+        check(where, problem(3, 130, 64, f32, "per_center", False, True), stats=False, wanted=0)
 
 
 @everywhere
+@either_instructions
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_products(where, offset, monkeypatch):
+def test_products(where, hopper, offset, monkeypatch):
     """Of many dimensions values alone are products: tiles that are not full, every option, far from the origin.
 
     A narrow scale, rows far away and such that are not finite are done from differences; a row knows by itself.
     """
-    for multiprocessors, m, n, d, kind, width in (
-        (1, 130, 600, 70, "per_center", 0.7),
-        (2, 5, 1100, 64, "shared", 0.7),
-        (2, 9, 40, 97, "shared", 0.02),
-    ):
-        monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", str(multiprocessors))
-        x, centers, scale, log_weights, exclude = problem(m, n, d, f32, kind, kind == "shared", True, width)
-        inputs = x + offset, centers + offset, scale, log_weights, exclude
-        want = cpu.log_mixture(*widened(inputs), False, False)[0]
+    with instructions(where, hopper):
+        for multiprocessors, m, n, d, kind, width in (
+            (1, 130, 600, 70, "per_center", 0.7),
+            (2, 5, 1100, 64, "shared", 0.7),
+            (2, 9, 40, 97, "shared", 0.02),
+        ):
+            monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", str(multiprocessors))
+            x, centers, scale, log_weights, exclude = problem(m, n, d, f32, kind, kind == "shared", True, width)
+            inputs = x + offset, centers + offset, scale, log_weights, exclude
+            want = cpu.log_mixture(*widened(inputs), False, False)[0]
+            got = run(where, "log_mixture", *inputs, False, False)[0]
+            # Errors of q are up to 2^-21 of the norms, or some roundings of it where these are too large.
+            assert ((got - want).abs() <= 1e-5 * want.abs().clamp(min=1)).all()
+            # Nor were they NaN, which float64's arithmetic would have made good.
+            assert ((got - want).abs() > 1e-12 * want.abs()).double().mean() > 0.75
+            inputs[0][0], inputs[0][1, 3], inputs[0][2] = 1e4, math.nan, 3e25
+            other = run(where, "log_mixture", *inputs, False, False)[0]
+            assert torch.equal(other[3:], got[3:]) and other[1].isnan()
+            far = cpu.log_mixture(*widened(inputs), False, False)[0][[0, 2]]
+            assert ((other[[0, 2]] - far).abs() <= 1e-5 * far.abs()).all()
+            alone = inputs[0][4:5], *inputs[1:4], exclude[4:5]
+            assert torch.equal(run(where, "log_mixture", *alone, False, False)[0], got[4:5])
+
+
+@everywhere
+@either_instructions
+def test_every_product_of_parts_counts(where, hopper):
+    """Parts as large as they come, of one sign in all dimensions: a row is at a centre, and each product is needed.
+
+    v is 1 + m + l with m = 2^-8 - 2^-15 and l = 2^-17: without m m, or h l, |x - y|^2 is 2^-15, or 2^-16, of the norm
+    off. The slope makes the most that a norm may count for, kProductTolerance: that is 1.6e-4, or 8e-5, of the value.
+    """
+    d, v = 64, 1 + 2.0**-8 - 2.0**-15 + 2.0**-17
+    assert torch.tensor(v, dtype=f32).item() == v
+    signs = torch.randint(2, (150, d)).float() * 2 - 1
+    centers = v * torch.cat([signs, -signs])  # around the origin
+    inputs = centers[:9].clone(), centers, torch.tensor((d / 2 / 5.1) ** 0.5), None, None
+    with instructions(where, hopper):
         got = run(where, "log_mixture", *inputs, False, False)[0]
-        # Errors of q are up to 2^-21 of the norms, or some roundings of it where these are too large.
-        assert ((got - want).abs() <= 1e-5 * want.abs().clamp(min=1)).all()
-        inputs[0][0], inputs[0][1, 3], inputs[0][2] = 1e4, math.nan, 3e25
-        other = run(where, "log_mixture", *inputs, False, False)[0]
-        assert torch.equal(other[3:], got[3:]) and other[1].isnan()
-        far = cpu.log_mixture(*widened(inputs), False, False)[0][[0, 2]]
-        assert ((other[[0, 2]] - far).abs() <= 1e-5 * far.abs()).all()
-        alone = inputs[0][4:5], *inputs[1:4], exclude[4:5]
-        assert torch.equal(run(where, "log_mixture", *alone, False, False)[0], got[4:5])
+    assert ((got - cpu.log_mixture(*widened(inputs), False, False)[0]).abs() <= 1e-5).all()
 
 
 @everywhere

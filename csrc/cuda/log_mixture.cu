@@ -1,5 +1,7 @@
 // The Gaussian log-mixture: values, posterior means and statistics.
+#include "hopper.h"
 #include "log_mixture.h"
+#include "log_mixture_hopper.cuh"
 #include "log_mixture_launch.cuh"
 #include "log_mixture_product.cuh"
 
@@ -66,7 +68,16 @@ struct ForwardPlan {
   }
 };
 
-void launch_product(const ForwardPlan& plan, void* stream) {
+void launch_products(const char* op, const ProductTask& task, void* stream) {
+  const int64_t blocks = task.mixture.row_tiles * (task.mixture.parts ? task.mixture.chunks : 1);
+  if constexpr (kHopperIsBuilt) {
+    if (use_hopper()) return launch_hopper_products(op, task, blocks, stream);
+  }
+  launch_with_shared(op, mixture_product_kernel, blocks, kProductThreads, kProductBytes<WarpProducts>, stream,
+                     task);
+}
+
+void launch_multiplied(const ForwardPlan& plan, void* stream) {
   const char* op = "log_mixture";
   const ProductTask& task = plan.product;
   const MixtureTask& mixture = task.mixture;
@@ -74,8 +85,7 @@ void launch_product(const ForwardPlan& plan, void* stream) {
   launch_offset(op, in, const_cast<float*>(task.offset), stream);
   launch_split(op, in, nullptr, task.offset, false, task.rows, stream);
   launch_split(op, in, nullptr, task.offset, true, task.centers, stream);
-  launch_with_shared(op, mixture_product_kernel, mixture.row_tiles * (mixture.parts ? mixture.chunks : 1),
-                     kProductThreads, kProductShared, stream, task);
+  launch_products(op, task, stream);
   if (mixture.parts) {
     launch(op, mixture_product_merge_kernel, ceil_div(in.m, kMixtureThreads), kMixtureThreads, stream, task);
   }
@@ -112,7 +122,7 @@ void launch_forward(const ForwardPlan& plan, void* stream) {
   if (is_small(p.in)) {
     launch_small(plan.task, stream);
   } else {
-    if (plan.multiplied) launch_product(plan, stream);
+    if (plan.multiplied) launch_multiplied(plan, stream);
     with_compute(p.in, [&](auto tag) {
       with_flag(p.in.scale_kind == MixtureScale::per_dimension, [&](auto dims) {
         with_flag(p.stats, [&](auto stats) {

@@ -20,7 +20,8 @@ inline constexpr int kProductTile = 128;  // rows, and columns
 inline constexpr int kProductSlice = 32;
 inline constexpr int kProductParts = 3;
 inline constexpr int kProductPacks = kProductSlice / 8;  // of 16 bytes, of a row's part of a slice
-inline constexpr int kPiecePacks = kProductParts * kProductTile * kProductPacks;
+inline constexpr int kPartPacks = kProductTile * kProductPacks;
+inline constexpr int kPiecePacks = kProductParts * kPartPacks;
 inline constexpr int kProductPieces = 3;  // in shared memory, of rows and columns each
 inline constexpr int kProductShared = kProductPieces * 2 * kPiecePacks * 16;
 
@@ -55,8 +56,8 @@ __device__ __forceinline__ void load_part(uint32_t (&matrices)[4], const uint4* 
     load_matrices<true>(matrices,
                         piece + place_across(part, 16 * step + 8 * half_step + eighth, first / 8 + half));
   } else {
-    load_matrices<false>(matrices, piece + part * kProductTile * kProductPacks +
-                                       place_of_pack(first + 8 * half + eighth, 2 * step + half_step));
+    load_matrices<false>(
+        matrices, piece + part * kPartPacks + place_of_pack(first + 8 * half + eighth, 2 * step + half_step));
   }
 }
 

@@ -50,9 +50,9 @@ __device__ __forceinline__ void write_row(const LogMixtureProblem& p, int64_t ro
 }
 
 // What a thread knows of its rows after some of its columns of a chunk.
-template <class C, int kD, bool kMean, bool kStats>
+template <class C, int kD, bool kMean, bool kStats, int kRows = PairTile<C>::kOwn>
 struct ThreadSums {
-  static constexpr int kOwn = PairTile<C>::kOwn, kValues = kMean ? kD : 1;
+  static constexpr int kOwn = kRows, kValues = kMean ? kD : 1;
   static constexpr bool kHasMean = kMean, kHasStats = kStats;
   C reference[kOwn], sum[kOwn];
   C mean[kMean ? kOwn : 1][kValues];

@@ -26,28 +26,29 @@ inline constexpr C kGrown = C(281474976710656.0);  // 2^48: 2^11 squares of it a
 // for the mean; out(i, c): whether the pair does not count, asked of rows in `special` only; again(i): row
 // i's distances are computed a second time; first: the batch's first column as the chunk counts, column(c)
 // further on.
-template <bool kWeighted, class Sums, class C, int kOwn, class Q, class Y, class Out, class Again>
-__device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], const C (&weight)[kOwn],
+template <bool kWeighted, class Sums, class C, int kColumns, class Q, class Y, class Out, class Again>
+__device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kColumns], const C (&weight)[kColumns],
                                           unsigned special, int first, Q&& q, Y&& y, Out&& out,
                                           Again&& again) {
   constexpr bool kMean = Sums::kHasMean, kStats = Sums::kHasStats;
   constexpr bool kPlain = !kMean && !kStats;
+  constexpr int kRows = Sums::kOwn;
   const PairTile<C> mine;
   const auto exponent_of = [&](int i, int c) {
     return exponent<kWeighted>(q(i, c), slope[c], weight[c], sums.reference[i]);
   };
 
-  const auto note_largest = [&](int i, const C(&e)[kOwn]) {
+  const auto note_largest = [&](int i, const C(&e)[kColumns]) {
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
+    for (int c = 0; c < kColumns; ++c) {
       const bool later = e[c] > sums.largest[i];
       sums.largest[i] = later ? e[c] : sums.largest[i];
       sums.index[i] = later ? first + mine.column(c) : sums.index[i];
     }
   };
-  const auto add_weights = [&](int i, const C(&w)[kOwn]) {
+  const auto add_weights = [&](int i, const C(&w)[kColumns]) {
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
+    for (int c = 0; c < kColumns; ++c) {
       if constexpr (kStats) sums.squares[i] = fused(w[c], w[c], sums.squares[i]);
       if constexpr (kMean) {
 #pragma unroll
@@ -57,11 +58,11 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
   };
   // With a reference that is large enough, and without what does not count.
   const auto add_carefully = [&](int i) {
-    C e[kOwn], w[kOwn], high = sums.reference[i], sum = C(0);
-    bool counts[kOwn];
+    C e[kColumns], w[kColumns], high = sums.reference[i], sum = C(0);
+    bool counts[kColumns];
     again(i);
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
+    for (int c = 0; c < kColumns; ++c) {
       counts[c] = !(special >> i & 1u) || !out(i, c);
       e[c] = counts[c] ? fused(q(i, c), slope[c], kWeighted ? weight[c] : C(0)) : -kInfinity<C>;
       high = e[c] > high ? e[c] : high;
@@ -70,7 +71,7 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
     const bool coarse = !(high > -kCoarse<C> && high < kCoarse<C>) && high > kLowest<C>;
     sums.coarse |= coarse ? 1u << i : 0u;
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
+    for (int c = 0; c < kColumns; ++c) {
       e[c] = coarse || !counts[c] ? e[c] - high : exponent_of(i, c);
       w[c] = power_of_two(e[c]);
       sum += w[c];
@@ -83,21 +84,21 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
   const unsigned careful = special | sums.coarse;
   if constexpr (kPlain) {
     // One branch for all rows: what they would add is kept.
-    C added[kOwn];
+    C added[kRows];
     bool grown = careful != 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       added[i] = power_of_two(exponent_of(i, 0));
 #pragma unroll
-      for (int c = 1; c < kOwn; ++c) added[i] += power_of_two(exponent_of(i, c));
+      for (int c = 1; c < kColumns; ++c) added[i] += power_of_two(exponent_of(i, c));
       grown = grown || added[i] >= kGrown<C>;
     }
     if (!grown) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) sums.sum[i] += added[i];
+      for (int i = 0; i < kRows; ++i) sums.sum[i] += added[i];
     } else {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         if (added[i] >= kGrown<C> || careful >> i & 1u) {
           add_carefully(i);
         } else {
@@ -107,10 +108,10 @@ __device__ __forceinline__ void add_batch(Sums& sums, const C (&slope)[kOwn], co
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      C e[kOwn], w[kOwn], sum = C(0), most = -kInfinity<C>;
+    for (int i = 0; i < kRows; ++i) {
+      C e[kColumns], w[kColumns], sum = C(0), most = -kInfinity<C>;
 #pragma unroll
-      for (int c = 0; c < kOwn; ++c) {
+      for (int c = 0; c < kColumns; ++c) {
         e[c] = exponent_of(i, c);
         w[c] = power_of_two(e[c]);
         sum += w[c];

@@ -12,14 +12,11 @@
 // as on A100 and H100, a byte's pass costs half of a bfloat16 pass: three bytes 1.5 where splitting into
 // three takes 3. Traffic: fixed_kernel reads the matrix once and writes a byte for each digit, 7 bytes a
 // float32 value; each tile of 128 draws reads those bytes once from the L2 cache, 1/128 byte a multiply-add.
+#include "hopper.h"
 #include "rademacher.h"
+#include "rademacher_hopper.cuh"
 #include "rademacher_reduce.cuh"
 #include "rademacher_signs.cuh"
-#if defined(REFINE_EXT_HOPPER)
-#include <cstdlib>
-
-#include "rademacher_hopper.cuh"
-#endif
 
 namespace refine_ext::cuda {
 namespace {
@@ -97,24 +94,12 @@ Workspace suprema_workspace(const RademacherProblem& p, const Groups& groups, vo
 }
 Workspace sums_workspace(const Groups& groups, void* memory) { return {groups, false, false, false, memory}; }
 
-#if defined(REFINE_EXT_HOPPER)
-bool use_hopper() {
-  const char* wanted = std::getenv("REFINE_EXT_WGMMA");
-  if (!wanted || std::string(wanted) != "1") return false;
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "rademacher");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "rademacher");
-  return major == 9;
-}
-#endif
-
 template <bool kWide>
 void launch_sums(const char* op, const SumsTask& task, void* stream) {
-#if defined(REFINE_EXT_HOPPER)
-  if (!kWide && use_hopper()) {
-    return launch_hopper_sums(op, task, ceil_div(task.draws, kHopperDraws) * task.matrix.tiles, stream);
+  if constexpr (kHopperIsBuilt && !kWide) {
+    if (use_hopper())
+      return launch_hopper_sums(op, task, ceil_div(task.draws, kHopperDraws) * task.matrix.tiles, stream);
   }
-#endif
   const auto blocks_of = [&](int threads) {
     return ceil_div(task.draws, threads / kFewSumsThreads * WarpTiles<kFewSumsThreads, kWide>::kDraws) *
            task.matrix.tiles;

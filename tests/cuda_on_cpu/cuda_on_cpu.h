@@ -7,7 +7,8 @@
 // Covers what csrc/cuda uses: one-dimensional grids, __syncthreads, __syncwarp, full-mask xor and up
 // shuffles, static shared memory (REFINE_EXT_SHARED), 16-byte packs; and what its next kernels will: dynamic
 // shared memory, atomicAdd and atomicExch, __threadfence, the matrix instructions of csrc/cuda/mma.cuh and
-// its copies to shared memory. Not modelled: TMA, mbarrier, wgmma, clusters.
+// its copies to shared memory, the products by warpgroups of csrc/cuda/wgmma.cuh (wgmma.h). Not modelled:
+// TMA, mbarrier, clusters.
 //
 // A copy of 16 bytes writes when it is asked for, NaN, and when it is waited for, what is to be there: the
 // first and the last moment at which the hardware may. Between them nobody finds anything, and who still
@@ -52,12 +53,12 @@ struct Position {
 Position& position();
 
 // The block's shared array that belongs to `key`; fresh memory, filled with NaN, for each block.
-void* shared_memory(const void* key, size_t bytes);
+void* shared_memory(const void* key, size_t bytes, size_t alignment = 16);
 
 void barrier(const char* file, int line);
 void warp_barrier(const char* file, int line);
 // The block's dynamic shared memory: as many bytes as its launch asked for.
-void* dynamic_shared_memory();
+void* dynamic_shared_memory(size_t alignment = 16);
 
 void fence();
 void order_atomic(void* variable);
@@ -97,6 +98,8 @@ T shuffle(unsigned mask, T value, int source, const char* file, int line);
 
 #define REFINE_EXT_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(cuda_on_cpu::dynamic_shared_memory())
+#define REFINE_EXT_DYNAMIC_SHARED_ALIGNED(type, name, alignment) \
+  type* const name = static_cast<type*>(cuda_on_cpu::dynamic_shared_memory(alignment))
 #define REFINE_EXT_SHARED(type, name, dims) \
   static char name##_key;                   \
   using name##_type = type dims;            \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -24,9 +25,10 @@ from torch.library import Library
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CUDA = CSRC / "cuda"
+RUNTIME = [HERE / "runtime.cpp", HERE / "wgmma.cpp"]
 COMPILER = "g++"
 AVAILABLE = shutil.which(COMPILER) is not None and sys.platform == "linux"
-FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-DREFINE_EXT_CUDA_ON_CPU", f"-I{HERE}"]
+FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-DREFINE_EXT_CUDA_ON_CPU", "-DREFINE_EXT_HOPPER", f"-I{HERE}"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 OPS = ["-O1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Without optimisation, and with checks as calls, the kernels compile three times as fast.
@@ -37,7 +39,7 @@ UNDEFINED = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-ze
 
 class Sanitizer(NamedTuple):
     flags: list[str]
-    runtime: str  # flag for runtime.cpp, which is not instrumented: it tells the sanitizer about fibers
+    runtime: str  # flag for RUNTIME, which is not instrumented: it tells the sanitizer about fibers
     preload: str  # the sanitizer's own library, for a Python that was built without it
     plain: tuple[str, ...]  # sources whose memory accesses are those of another one, with other types
 
@@ -115,8 +117,8 @@ def build_ops(sanitizer: str = "") -> Path:
             kind = SANITIZERS[sanitizer]
             instrumented = (source for source in kernels if not source.stem.endswith(kind.plain))
             checked = {source: [*CHECKED, *kind.flags] for source in instrumented}
-            checked[HERE / "runtime.cpp"] = [*OPS, kind.runtime]
-        plain = {source: OPS for source in [*kernels, HERE / "runtime.cpp"] if source not in checked}
+            checked |= {source: [*OPS, kind.runtime] for source in RUNTIME}
+        plain = {source: OPS for source in [*kernels, *RUNTIME] if source not in checked}
         for source in [*(CSRC / "ops").glob("*_cuda.cpp"), CSRC / "ops" / "library.cpp"]:
             plain[source] = [*OPS, *torch_include]
         objects = _compile(checked, sanitizer) + _compile(plain, "ops")
@@ -133,7 +135,8 @@ def build_program(name: str, sanitizer: str) -> Path:
     with _locked():
         if not target.exists():
             kind = SANITIZERS[sanitizer]
-            sources = {HERE / f"{name}.cpp": [*CHECKED, *kind.flags], HERE / "runtime.cpp": [*OPS, kind.runtime]}
+            sources = {HERE / f"{name}.cpp": [*CHECKED, *kind.flags]}
+            sources |= {source: [*OPS, kind.runtime] for source in RUNTIME}
             _make([COMPILER, *kind.flags, *_compile(sources, sanitizer)], target)
     return target
 
@@ -167,6 +170,7 @@ def replace_cpu_ops() -> Iterator[None]:
         overrides._destroy()
 
 
+@functools.cache
 def kernels_of(binary: Path) -> dict[int, str]:
     """The kernels compiled into a binary: their offsets and names, template arguments included."""
     names = subprocess.run(["nm", "-C", "--defined-only", str(binary)], capture_output=True, text=True, check=True)
@@ -181,12 +185,10 @@ def kernels_of(binary: Path) -> dict[int, str]:
 
 @functools.cache
 def kernel_names() -> dict[str, str]:
-    """Every __global__ function of csrc/cuda that can run here, and its file: Hopper's instructions cannot."""
+    """Every __global__ function of csrc/cuda, and its file."""
     pattern = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(")
     names = {}
     for path in sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.cu")]):
-        if path.stem.endswith("_hopper"):
-            continue
         text = path.read_text()
         found = pattern.findall(text)
         assert len(found) == text.count("__global__"), f"{path.name} declares a kernel in a way not understood here"
@@ -195,9 +197,28 @@ def kernel_names() -> dict[str, str]:
 
 
 def launched(record: Path, binary: Path) -> set[str]:
-    """Names of the kernels in a record that cuda_on_cpu_write_launched wrote."""
+    """Names of the kernels in a record that runtime.cpp wrote."""
     kernels = kernels_of(binary)
     return {kernels[int(line, 16)] for line in record.read_text().split()}
+
+
+@contextmanager
+def launches(where: str) -> Iterator[set[str]]:
+    """Names of the kernels that are launched within, on a GPU ("cuda") or here; there when it ends."""
+    names: set[str] = set()
+    if where == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as session:
+            yield names
+        names.update(event.name for event in session.events())
+        return
+    library = load_ops()
+    write = ctypes.CDLL(str(library)).cuda_on_cpu_write_launched
+    with tempfile.NamedTemporaryFile() as record:
+        path = os.fsencode(record.name)
+        write(path)
+        yield names
+        write(path)
+        names.update(launched(Path(record.name), library))
 
 
 def environment(**settings: str) -> dict[str, str]:

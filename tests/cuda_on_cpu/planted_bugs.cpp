@@ -9,6 +9,7 @@
 
 #include "../../csrc/cuda/mma.cuh"
 #include "../../csrc/cuda/reduce.cuh"
+#include "../../csrc/cuda/wgmma.cuh"
 
 namespace {
 
@@ -211,6 +212,85 @@ constexpr auto copied = copies<Slip::none>, copy_not_waited_for = copies<Slip::n
                copy_over_what_is_read = copies<Slip::one_slot>, misaligned_copy = copies<Slip::misaligned>,
                copy_outside_shared = copies<Slip::not_shared>;
 
+// ---- products by a warpgroup. A's bytes are all one, B's of column c are c, and so thread 0's sums of
+// column 57 are 32 times that: twice, by two groups.
+
+enum class Fault {
+  none,
+  no_wait,
+  no_commit,
+  no_fence,
+  no_second_fence,
+  no_proxy_fence,
+  no_barrier,
+  other_swizzle,
+  other_stride,
+  other_place,
+  half_a_warpgroup,
+  touched,
+  overwritten,
+  copied_over,
+  unaligned
+};
+template <Fault kFault>
+__global__ void products(const float* in, double* out) {
+  constexpr int kColumns = 64, kRow = 128;
+  REFINE_EXT_DYNAMIC_SHARED_ALIGNED(unsigned char, aligned, kFault == Fault::unaligned ? 16 : 1024);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < kColumns * kRow; i += kWarpgroup) {
+    const int column = i / kRow;
+    // What other products than these would read is a hundred.
+    const int pack = i % kRow / 16 ^ column % 8;
+    aligned[i] = static_cast<unsigned char>(pack < 2 ? column : 100);
+  }
+  // One that arrives as it was.
+  if (thread == 0) {
+    copy_async(aligned + kColumns * kRow, in);
+    commit_copies();
+    wait_copies<0>();
+  }
+  if (kFault != Fault::no_proxy_fence) show_to_products();
+  if (kFault != Fault::no_barrier) __syncthreads();
+  if (kFault == Fault::half_a_warpgroup && thread >= kWarpgroup / 2) return;
+  uint64_t b = matrix_at<kRow>(aligned);
+  if (kFault == Fault::other_swizzle) b ^= uint64_t{3} << 62;
+  if (kFault == Fault::other_stride) b ^= uint64_t{1024 >> 4} << 32;
+  if (kFault == Fault::other_place) b += 1;
+  // Its last columns are where the copy came.
+  if (kFault == Fault::no_proxy_fence) b += 1024 / 16;
+  const uint32_t a[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+  uint32_t sums[8][4] = {};
+  for (int turn = 0; turn < 2; ++turn) {
+    if (kFault != Fault::no_fence && (kFault != Fault::no_second_fence || turn == 0)) begin_products();
+    multiply_add_async<false>(sums, a, b);
+    if (kFault == Fault::touched) sums[3][2] += 1;
+    if (kFault != Fault::no_commit) commit_products();
+    if (kFault == Fault::overwritten) {
+      __syncthreads();
+      if (turn == 1) aligned[thread * kRow / 2] = 0;
+      __syncthreads();
+    }
+    if (kFault == Fault::copied_over && turn == 1 && thread == 0) copy_async(aligned + 57 * kRow, in);
+    if (kFault != Fault::no_wait || turn == 0) wait_products();
+  }
+  if (thread == 0) *out = static_cast<double>(sums[7][1]);
+}
+constexpr auto product_by_warpgroup = products<Fault::none>,
+               product_not_waited_for = products<Fault::no_wait>,
+               product_not_committed = products<Fault::no_commit>,
+               product_without_fence = products<Fault::no_fence>,
+               product_without_second_fence = products<Fault::no_second_fence>,
+               product_without_proxy_fence = products<Fault::no_proxy_fence>,
+               product_before_barrier = products<Fault::no_barrier>,
+               product_of_another_swizzle = products<Fault::other_swizzle>,
+               product_of_another_stride = products<Fault::other_stride>,
+               product_of_another_place = products<Fault::other_place>,
+               product_of_half_a_warpgroup = products<Fault::half_a_warpgroup>,
+               product_with_touched_sums = products<Fault::touched>,
+               product_of_what_is_overwritten = products<Fault::overwritten>,
+               product_of_what_is_copied_over = products<Fault::copied_over>,
+               product_of_unaligned_memory = products<Fault::unaligned>;
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -236,8 +316,11 @@ int main(int, char** arguments) {
   const auto run = [&](const char* name, void (*kernel)(const float*, double*), int blocks) {
     if (wanted != name) return;
     found = true;
-    const int shared_bytes = wanted.ends_with("dynamic") ? kThreads * static_cast<int>(sizeof(float)) : 0;
-    launch_with_shared(name, kernel, blocks, kThreads, shared_bytes, nullptr,
+    const bool product = wanted.starts_with("product_");
+    const int shared_bytes = product                       ? 64 * 128 + 1024
+                             : wanted.ends_with("dynamic") ? kThreads * static_cast<int>(sizeof(float))
+                                                           : 0;
+    launch_with_shared(name, kernel, blocks, product ? kWarpgroup : kThreads, shared_bytes, nullptr,
                        static_cast<const float*>(in.get()), out.get());
   };
 #define REFINE_EXT_RUN(kernel, blocks) run(#kernel, kernel, blocks)
@@ -276,6 +359,21 @@ int main(int, char** arguments) {
   REFINE_EXT_RUN(copy_over_what_is_read, 1);
   REFINE_EXT_RUN(misaligned_copy, 1);
   REFINE_EXT_RUN(copy_outside_shared, 1);
+  REFINE_EXT_RUN(product_by_warpgroup, 1);
+  REFINE_EXT_RUN(product_not_waited_for, 1);
+  REFINE_EXT_RUN(product_not_committed, 1);
+  REFINE_EXT_RUN(product_without_fence, 1);
+  REFINE_EXT_RUN(product_without_second_fence, 1);
+  REFINE_EXT_RUN(product_without_proxy_fence, 1);
+  REFINE_EXT_RUN(product_before_barrier, 1);
+  REFINE_EXT_RUN(product_of_another_swizzle, 1);
+  REFINE_EXT_RUN(product_of_another_stride, 1);
+  REFINE_EXT_RUN(product_of_another_place, 1);
+  REFINE_EXT_RUN(product_of_half_a_warpgroup, 1);
+  REFINE_EXT_RUN(product_with_touched_sums, 1);
+  REFINE_EXT_RUN(product_of_what_is_overwritten, 1);
+  REFINE_EXT_RUN(product_of_what_is_copied_over, 1);
+  REFINE_EXT_RUN(product_of_unaligned_memory, 1);
   if (!found) return 3;
   int untouched = 0;
   for (int i = 0; i < kThreads; ++i) untouched += std::isnan(out.get()[i]);

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/cuda/mma.cuh"
+#include "../../csrc/cuda/wgmma.cuh"
 #include "../../csrc/math/philox.h"
 
 namespace {
@@ -109,6 +109,93 @@ __global__ void byte_product_kernel(const unsigned char* a, const unsigned char*
   out[8 * n + 1] = sums[3];
 }
 
+// Warpgroups: bfloat16's A [m, k] and B by columns [n, k], through shared memory, 64 x 128 a block; k is a
+// multiple of 32, of which one slice is multiplied after the other. D [m, n].
+constexpr int kGroupRows = 64, kGroupColumns = 128, kGroupSlice = 32;
+__global__ void group_product_kernel(const uint16_t* a, const uint16_t* b, float* d, int64_t n, int64_t k) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REFINE_EXT_CUDA_ON_CPU)
+  REFINE_EXT_DYNAMIC_SHARED_ALIGNED(uint4, tiles, 1024);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+  const int64_t tiles_across = n / kGroupColumns;
+  const int64_t row = blockIdx.x / tiles_across * kGroupRows;
+  const int64_t column = blockIdx.x % tiles_across * kGroupColumns;
+  float sums[16][4];
+  for (int64_t from = 0; from < k; from += kGroupSlice) {
+    for (int i = thread; i < (kGroupRows + kGroupColumns) * 4; i += kWarpgroup) {
+      const int r = i / 4, pack = i % 4;
+      const uint16_t* source = r < kGroupRows ? a + (row + r) * k : b + (column + r - kGroupRows) * k;
+      copy_async(tiles + r * 4 + (pack ^ r / 2 % 4), source + from + 8 * pack);
+    }
+    commit_copies();
+    wait_copies<0>();
+    show_to_products();
+    __syncthreads();
+    const uint64_t left = matrix_at<64>(tiles), right = matrix_at<64>(tiles + kGroupRows * 4);
+    keep(sums);
+    begin_products();
+    if (from == 0) {
+      multiply_add_async<true>(sums, left, right);
+    } else {
+      multiply_add_async<false>(sums, left, right);
+    }
+    multiply_add_async<false>(sums, left + 2, right + 2);
+    commit_products();
+    wait_products();
+    keep(sums);
+    __syncthreads();
+  }
+  for (int u = 0; u < 16; ++u) {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t r = row + thread / kWarp * 16 + i / 2 * 8 + lane / 4;
+      d[r * n + column + 8 * u + lane % 4 * 2 + i % 2] = sums[u][i];
+    }
+  }
+#endif
+}
+
+// The same of bytes, A's from registers, 64 x 64 a block; k is a multiple of 128.
+template <bool kSigned>
+__global__ void group_byte_product_kernel(const unsigned char* a, const unsigned char* b, uint32_t* d,
+                                          int64_t n, int64_t k) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REFINE_EXT_CUDA_ON_CPU)
+  REFINE_EXT_DYNAMIC_SHARED_ALIGNED(uint4, tile, 1024);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+  const int64_t tiles_across = n / 64;
+  const int64_t row = blockIdx.x / tiles_across * 64, column = blockIdx.x % tiles_across * 64;
+  const unsigned char* const left = a + (row + thread / kWarp * 16 + lane / 4) * k + lane % 4 * 4;
+  uint32_t sums[8][4] = {};
+  for (int64_t from = 0; from < k; from += 128) {
+    for (int i = thread; i < 64 * 8; i += kWarpgroup) {
+      const int c = i / 8, pack = i % 8;
+      copy_async(tile + c * 8 + (pack ^ c % 8), b + (column + c) * k + from + 16 * pack);
+    }
+    commit_copies();
+    wait_copies<0>();
+    show_to_products();
+    __syncthreads();
+    uint32_t rows[4][4];
+    for (int step = 0; step < 4; ++step) {
+      for (int i = 0; i < 4; ++i)
+        memcpy(&rows[step][i], left + i % 2 * 8 * k + from + 32 * step + i / 2 * 16, 4);
+    }
+    keep(sums);
+    begin_products();
+    for (int step = 0; step < 4; ++step)
+      multiply_add_async<kSigned>(sums, rows[step], matrix_at<128>(tile) + 2 * step);
+    commit_products();
+    wait_products();
+    keep(sums);
+    __syncthreads();
+  }
+  for (int u = 0; u < 8; ++u) {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t r = row + thread / kWarp * 16 + i / 2 * 8 + lane / 4;
+      d[r * n + column + 8 * u + lane % 4 * 2 + i % 2] = sums[u][i];
+    }
+  }
+#endif
+}
+
 // in: counters of four words and keys of two, out: blocks of four.
 __global__ void philox_kernel(const uint32_t* in, uint32_t* out, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
@@ -161,7 +248,16 @@ class Memory {
 struct Request {
   int64_t op, m, n, k;
 };
-enum Op : int64_t { product, shared_product, philox, unsigned_product, signed_product };
+enum Op : int64_t {
+  product,
+  shared_product,
+  philox,
+  unsigned_product,
+  signed_product,
+  group_product,
+  unsigned_group_product,
+  signed_group_product
+};
 
 bool read_exactly(void* to, size_t bytes) { return bytes == 0 || std::fread(to, bytes, 1, stdin) == 1; }
 
@@ -194,6 +290,16 @@ int main() {
     launch("byte_product", r.op == signed_product ? byte_product_kernel<true> : byte_product_kernel<false>,
            r.m / 16 * (r.n / 8), kWarp, nullptr, a.as<unsigned char>(), b.as<unsigned char>(),
            out.as<uint32_t>(), r.n, r.k);
+  } else if (r.op == group_product) {
+    launch_with_shared("group_product", group_product_kernel, r.m / kGroupRows * (r.n / kGroupColumns),
+                       kWarpgroup, (kGroupRows + kGroupColumns) * 64, nullptr, a.as<uint16_t>(),
+                       b.as<uint16_t>(), out.as<float>(), r.n, r.k);
+  } else if (r.op == unsigned_group_product || r.op == signed_group_product) {
+    launch_with_shared(
+        "group_byte_product",
+        r.op == signed_group_product ? group_byte_product_kernel<true> : group_byte_product_kernel<false>,
+        r.m / 64 * (r.n / 64), kWarpgroup, 64 * 128, nullptr, a.as<unsigned char>(), b.as<unsigned char>(),
+        out.as<uint32_t>(), r.n, r.k);
   } else {
     launch("philox", philox_kernel, (r.m + 31) / 32, 32, nullptr, a.as<uint32_t>(), out.as<uint32_t>(), r.m);
   }

@@ -2,14 +2,13 @@
 // and tells it about fibers and barriers instead: then a race between two CUDA threads is one between two
 // fibers, although a single OS thread runs them. With -DCUDA_ON_CPU_ASAN it tells that sanitizer which stack
 // is in use.
+#include "runtime.h"
+
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
-#include <memory>
 #include <mutex>
 #include <random>
 #include <set>
@@ -18,84 +17,22 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_on_cpu.h"
 #include "fiber_switch.h"
 
 namespace cuda_on_cpu {
-namespace {
-
-constexpr size_t kStackBytes = size_t{256} << 10, kGuardBytes = 4096;
-constexpr size_t kStaticSharedBytes = size_t{48} << 10, kSharedBytes = size_t{227} << 10;
-constexpr int kLanes = 32, kMaxBlock = 1024;
-
-// Threads wait here until all of a group have come. Its two objects carry the order that it makes, by
-// generation: a thread that leaves late must not take over what was released for the next time.
-struct Barrier {
-  int arrived = 0;
-  unsigned generation = 0;
-  const char* file = nullptr;
-  int line = 0;
-  char order[2] = {};
-};
-
-struct Warp {
-  Barrier barrier, shuffle;
-  alignas(16) unsigned char slots[2][kLanes][kSlotBytes];
-};
-
-struct Fiber {
-  Position position{};
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  char* stack = nullptr;
-  void* fake_stack = nullptr;
-  void* tsan = nullptr;
-  char fenced = 0, seen = 0;  // carry what came before its last fence, and what its atomics have seen since
-  unsigned shuffles = 0;
-  std::deque<std::vector<Copy>> copies{1};  // groups, the last of which is open
-  bool done = false;
-  const char* waits_in = nullptr;
-  int waits_at = 0;
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  Barrier barrier;
-  int alive = 0;
-  char finished = 0;
-  struct Shared {
-    const void* key;
-    unsigned char* memory;
-    size_t bytes;
-  };
-  std::vector<Shared> shared;
-  size_t used = 0;
-#if defined(CUDA_ON_CPU_TSAN)
-  // Mapped by the host before the block starts: the sanitizer takes the mapping for a write of whoever does
-  // it.
-  unsigned char* arena = static_cast<unsigned char*>(mmap(
-      nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  ~Block() { munmap(arena, kSharedBytes); }
-#else
-  ~Block() {
-    for (const Shared& array : shared) std::free(array.memory);
-  }
-#endif
-};
 
 Fiber* current = nullptr;
-Fiber host;
 Block* block = nullptr;
+
+namespace {
+
+Fiber host;
 const std::function<void()>* kernel = nullptr;
 const char* kernel_name = "";
 size_t dynamic_bytes = 0;
 char dynamic_key = 0;
 std::string failure;  // of the thread that ended the launch
-std::set<const void*> launched;
+std::set<const void*> launched, recent;
 std::mutex one_launch;
 std::vector<int> turn;  // fibers that are still running, in the order of their turns
 size_t at = 0;
@@ -158,6 +95,8 @@ void open(Barrier& barrier) {
   ++barrier.generation;
 }
 
+}  // namespace
+
 void wait(Barrier& barrier, int expected, bool orders, const char* file, int line) {
   current->waits_in = file;
   current->waits_at = line;
@@ -182,6 +121,8 @@ void wait(Barrier& barrier, int expected, bool orders, const char* file, int lin
 }
 
 Warp& my_warp() { return block->warps[current->position.thread.x / kLanes]; }
+
+namespace {
 
 void entry() {
 #if defined(CUDA_ON_CPU_ASAN)
@@ -254,55 +195,53 @@ std::vector<int64_t> order_of(int64_t count, unsigned seed) {
 
 Position& position() { return current->position; }
 
-void* shared_memory(const void* key, size_t bytes) {
+void* shared_memory(const void* key, size_t bytes, size_t alignment) {
   for (const Block::Shared& array : block->shared) {
     if (array.key == key) return array.memory;
   }
-  block->used += (bytes + 15) / 16 * 16;
+  const size_t address = (block->used + alignment - 1) / alignment * alignment;
+  block->used = address + (bytes + 15) / 16 * 16;
   const size_t most = dynamic_bytes ? kSharedBytes : kStaticSharedBytes;
   if (block->used > most) die("too much shared memory", kernel_name, static_cast<int>(block->used));
 #if defined(CUDA_ON_CPU_TSAN)
-  unsigned char* memory = block->arena + block->used - (bytes + 15) / 16 * 16;
+  unsigned char* memory = block->arena + address;
 #else
   void* fresh = nullptr;
-  if (posix_memalign(&fresh, 16, bytes) != 0) die("no memory", "", 0);
+  if (posix_memalign(&fresh, alignment, bytes) != 0) die("no memory", "", 0);
   auto* memory = static_cast<unsigned char*>(fresh);
 #endif
   volatile unsigned char* fill = memory;
   for (size_t i = 0; i < bytes; ++i) fill[i] = 0xff;
   if (block->shared.size() == block->shared.capacity()) die("too many shared arrays", "", 0);
-  block->shared.push_back({key, memory, bytes});
+  block->shared.push_back({key, memory, bytes, address,
+                           std::unique_ptr<Block::Arrival[]>(new Block::Arrival[(bytes + 15) / 16]())});
   return memory;
 }
 
-void* dynamic_shared_memory() {
+void* dynamic_shared_memory(size_t alignment) {
   if (dynamic_bytes == 0) die("launched without dynamic shared memory", kernel_name, 0);
-  return shared_memory(&dynamic_key, dynamic_bytes);
+  return shared_memory(&dynamic_key, dynamic_bytes, alignment);
 }
 
-namespace {
-
-bool in_shared(const void* pointer) {
+Block::Shared* shared_array(const void* pointer) {
   const auto* address = static_cast<const unsigned char*>(pointer);
-  for (const Block::Shared& array : block->shared) {
-    if (address >= array.memory && address < array.memory + array.bytes) return true;
+  for (Block::Shared& array : block->shared) {
+    if (address >= array.memory && address < array.memory + array.bytes) return &array;
   }
-  return false;
+  return nullptr;
 }
-
-}  // namespace
 
 void check_matrix_row(const void* row, const char* file, int line) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) die("misaligned row of a matrix", file, line);
-  if (!in_shared(row)) die("a row of a matrix is not in shared memory", file, line);
+  if (!shared_array(row)) die("a row of a matrix is not in shared memory", file, line);
 }
 
 void check_copy(const void* shared, const void* global, const char* file, int line) {
   for (const void* pointer : {shared, global}) {
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) die("misaligned copy", file, line);
   }
-  if (!in_shared(shared)) die("a copy not to shared memory", file, line);
-  if (in_shared(global)) die("a copy from shared memory", file, line);
+  if (!shared_array(shared)) die("a copy not to shared memory", file, line);
+  if (shared_array(global)) die("a copy from shared memory", file, line);
 }
 
 void remember(const Copy& copy) { current->copies.back().push_back(copy); }
@@ -316,6 +255,9 @@ bool next_copy(int pending, Copy& copy) {
     if (!oldest.empty()) {
       copy = oldest.back();
       oldest.pop_back();
+      const Block::Shared& array = *shared_array(copy.to);
+      array.arrivals[(reinterpret_cast<unsigned char*>(copy.to) - array.memory) / 16] = {
+          current->position.thread.x, ++current->arrived};
       return true;
     }
     groups.pop_front();
@@ -418,7 +360,10 @@ void run(const char* name, const void* function, int64_t blocks, int threads,
          const std::function<void()>& body, size_t shared_bytes) {
   const std::lock_guard<std::mutex> alone(one_launch);
   if (threads % kLanes != 0 || threads > kMaxBlock || threads <= 0) die("unusable block size", name, threads);
-  if (blocks > 0) launched.insert(function);
+  if (blocks > 0) {
+    launched.insert(function);
+    recent.insert(function);
+  }
   failure.clear();
   kernel = &body;
   kernel_name = name;
@@ -432,6 +377,7 @@ void run(const char* name, const void* function, int64_t blocks, int threads,
     block = finished.back().get();
     block->fibers = std::vector<Fiber>(static_cast<size_t>(threads));
     block->warps = std::vector<Warp>(static_cast<size_t>(threads / kLanes));
+    block->warpgroups = std::vector<Barrier>(static_cast<size_t>(threads / kWarpgroup));
     block->alive = threads;
     block->shared.reserve(64);
     turn.clear();
@@ -486,26 +432,31 @@ uint16_t float_to_half(float value) {
 
 }  // namespace cuda_on_cpu
 
-// Writes the kernels launched since the last time, as offsets in this file: `nm` knows their names.
-extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_write_launched(const char* path) {
+namespace {
+
+// As offsets in this file: `nm` knows their names.
+void write_kernels(const std::set<const void*>& kernels, const char* path) {
   std::FILE* file = std::fopen(path, "w");
   if (!file) std::abort();
-  for (const void* kernel : cuda_on_cpu::launched) {
+  for (const void* kernel : kernels) {
     Dl_info info;
     if (!dladdr(kernel, &info)) std::abort();
     std::fprintf(file, "%tx\n", static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase));
   }
   std::fclose(file);
-  cuda_on_cpu::launched.clear();
 }
 
-namespace {
-
-// A program does so when it ends.
+// A program writes all that it launched when it ends.
 struct AtExit {
   ~AtExit() {
-    if (const char* path = std::getenv("CUDA_ON_CPU_LAUNCHED")) cuda_on_cpu_write_launched(path);
+    if (const char* path = std::getenv("CUDA_ON_CPU_LAUNCHED")) write_kernels(cuda_on_cpu::launched, path);
   }
 } at_exit;
 
 }  // namespace
+
+// Writes the kernels launched since the last time.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_write_launched(const char* path) {
+  write_kernels(cuda_on_cpu::recent, path);
+  cuda_on_cpu::recent.clear();
+}
