@@ -12,8 +12,8 @@
 // Memory beside inputs and results: float32 copies of x's and the centres' rows where they are not float32 of
 // a multiple of kPadding dimensions, 16 bytes a centre, and where distances are screened a centre's rounded
 // values, of one or two bytes, and 24 bytes; for each thread and each of kRowBlock rows 4 kChunk bytes, where
-// distances are screened twice that, and for means or scores 8 kChunk and 16 a dimension more; for scores 2 KB
-// and 8 a dimension besides.
+// distances are screened twice that, and for means or scores 8 kChunk and 16 a dimension more; for scores 2
+// KB and 8 a dimension besides.
 #pragma once
 
 #include "../math/log_mixture_problem.h"
