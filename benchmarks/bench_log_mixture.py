@@ -255,8 +255,10 @@ def backward_case(
     }
 
     def op(s: dict[str, Tensor]) -> Any:
-        wanted = sum(bit for bit, name in zip((1, 2, 4), "xys", strict=True) if name in by)
-        return ops.log_mixture_backward(s["grad"], s["value"], s["x"], s["y"], s["s"], None, None, wanted)
+        inputs = (s["x"], s["y"], s["s"], None, None)
+        if by == "x":
+            return ops.log_mixture_with_score(*inputs)
+        return ops.log_mixture_backward(s["grad"], s["value"], *inputs, 7)
 
     contenders["refine_ext_op"] = op
     contenders["refine_ext_forward"] = _ours_op
@@ -280,8 +282,7 @@ def backward_case(
         }
 
     return _case(
-        "log_mixture_backward",
-        "score" if by == "x" else "gradients",
+        *(("log_mixture_with_score", "score") if by == "x" else ("log_mixture_backward", "gradients")),
         size,
         regime,
         inputs=with_value,
